@@ -1,0 +1,226 @@
+"""Puts routed forwards in front of a model's units, and takes them off again.
+
+`attach` adds a router beside each routed unit and replaces the bound `forward` of the decoder (the door, where
+a forward's context is made), of each attention, and of the post-norms of sandwich families. No module is
+wrapped: base weight names stay, and `detach` gives back the same objects without a trace.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from router_tuning.config import RoutingConfig, check_budget, threshold_for
+from router_tuning.errors import ConfigError, UnsupportedCallError
+from router_tuning.execution.attention import carry_context, gate_post_norm, routed_attention
+from router_tuning.execution.context import (
+    CONTEXT_KEY,
+    ROUTER_CHILD,
+    Routing,
+    default_path,
+    open_forward,
+    options_for,
+    original_forward,
+    routing_of,
+)
+from router_tuning.routers import make_router
+from router_tuning.units import (
+    attention_of,
+    decoder_layers,
+    decoder_of,
+    find_units,
+    hidden_size_of,
+    post_norm_of,
+    unwrap,
+)
+
+__all__ = ["ROUTER_CHILD", "attach", "detach", "install", "routing_of", "set_budget", "uninstall"]
+
+
+def attach(model: nn.Module, config: RoutingConfig) -> None:
+    """Add fresh routers to a causal LM and route it. The logits stay the same to the bit.
+
+    Raises:
+        ConfigError: the config is out of range, or the model is routed already.
+        UnsupportedModelError: no unit table for this family.
+    """
+    config.check()
+    decoder = decoder_of(model)
+    if "routing" in decoder.__dict__:
+        raise ConfigError("this model is routed already; detach(model) first")
+    layers = decoder_layers(decoder)
+    for unit in find_units(model, config):
+        layer = layers[unit.layer_idx]
+        device = next(layer.parameters()).device
+        layer.add_module(ROUTER_CHILD, make_router(config, hidden_size_of(model), device))
+    install(model, config)
+
+
+def detach(model: nn.Module) -> None:
+    """Remove the routers and every trace of routing."""
+    uninstall(model)
+    for layer in decoder_layers(decoder_of(model)):
+        if hasattr(layer, ROUTER_CHILD):
+            delattr(layer, ROUTER_CHILD)
+
+
+def install(model: nn.Module, config: RoutingConfig) -> None:
+    """Route a model whose layers have their routers (child ROUTER_CHILD) already."""
+    decoder = decoder_of(model)
+    layers = decoder_layers(decoder)
+    units = tuple(find_units(model, config))
+    decoder.__dict__["routing"] = Routing(config, units, len(layers) * len(config.granularities))
+    routed = {unit.layer_idx: unit for unit in units}
+    for index, layer in enumerate(layers):
+        attention, post_norm = attention_of(decoder, layer), post_norm_of(decoder, layer)
+        if index in routed:
+            attention.__dict__["skip_unit"] = routed[index]
+            _replace_forward(attention, routed_attention)
+            if post_norm is not None:
+                post_norm.__dict__["skip_unit"] = routed[index]
+                _replace_forward(post_norm, gate_post_norm)
+        else:
+            _replace_forward(attention, carry_context)
+    _replace_forward(decoder, _enter_decoder)
+    causal = unwrap(model)
+    if causal is not decoder:
+        _replace_forward(causal, _accept_budget(type(causal)))
+
+
+def uninstall(model: nn.Module) -> None:
+    """Take the routed forwards off; the routers stay."""
+    decoder = decoder_of(model)
+    decoder.__dict__.pop("routing", None)
+    modules = [decoder, unwrap(model)]
+    for layer in decoder_layers(decoder):
+        modules += [
+            m for m in (attention_of(decoder, layer), post_norm_of(decoder, layer)) if m is not None
+        ]
+    for module in modules:
+        module.__dict__.pop("skip_unit", None)
+        _restore_forward(module)
+
+
+def set_budget(model: nn.Module, budget: float | None) -> None:
+    """Set the budget of calls that give none; None goes back to the routers' own threshold.
+
+    Raises:
+        BudgetError: not in (0, 1], not calibrated, or outside the calibrated range.
+    """
+    config = routing_of(model).config
+    if budget is not None:
+        threshold_for(config, check_budget(budget))
+    config.default_budget = budget
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    if "dense_forward" in module.__dict__:  # installed before
+        module.__dict__["forward"] = MethodType(forward, module)
+        return
+    # An instance forward that was there before (an accelerate hook, say) is kept and called.
+    module.__dict__["dense_forward"] = module.__dict__.get("forward")
+    module.__dict__["forward"] = MethodType(forward, module)
+
+
+def _restore_forward(module: nn.Module) -> None:
+    if "dense_forward" not in module.__dict__:
+        return
+    before = module.__dict__.pop("dense_forward")
+    del module.__dict__["forward"]
+    if before is not None:
+        module.__dict__["forward"] = before
+
+
+def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs: Any) -> Any:
+    """The door: make the context of this forward and send it along."""
+    dense_forward = original_forward(decoder)
+    routing = routing_of(decoder)
+    options = options_for(decoder)
+    if options.dense or not routing.enabled:
+        return dense_forward(*args, **kwargs)
+    given = _bind(type(decoder), args, kwargs)
+    inputs = given.get("input_ids")
+    inputs = given.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None:
+        return dense_forward(*args, **kwargs)  # raises transformers' own error
+    cache = _cache_in(given)
+    path = options.path or default_path(decoder, routing)
+    if path == "masked":
+        kwargs = _without_cache(given, kwargs)
+        cache = None
+    context = open_forward(
+        decoder,
+        routing,
+        options,
+        inputs,
+        given.get("attention_mask"),
+        cache,
+        given.get("position_ids"),
+        _thresholds(routing.config, budget),
+        path,
+    )
+    output = dense_forward(*args, **{CONTEXT_KEY: context}, **kwargs)
+    # Appended when it is complete: an interrupted forward leaves no half record.
+    if options.trace is not None:
+        options.trace.forwards.append(context.record)
+    return output
+
+
+def _cache_in(given: dict[str, Any]) -> Any:
+    """The cache among a call's arguments: `cache` since transformers 5.24, `past_key_values` before."""
+    cache = given.get("cache")
+    return given.get("past_key_values") if cache is None else cache
+
+
+def _without_cache(given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The differentiable path computes every token's keys, so what it would leave in a cache is not ours."""
+    if _cache_in(given) is not None:
+        raise UnsupportedCallError(
+            "the differentiable path takes no cache; decode under torch.no_grad(), or pass use_cache=False and "
+            "the whole sequence at once"
+        )
+    return {**kwargs, "use_cache": False}
+
+
+def _thresholds(config: RoutingConfig, budget: Any) -> list[float]:
+    if budget is None or isinstance(budget, (int, float)):
+        return [threshold_for(config, budget)]
+    values = budget.tolist() if isinstance(budget, Tensor) else list(budget)
+    return [threshold_for(config, b) for b in (values if isinstance(values, list) else [values])]
+
+
+@functools.cache
+def _positional_names(decoder_class: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(decoder_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def _bind(decoder_class: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(_positional_names(decoder_class), args, strict=False)), **kwargs}
+
+
+@functools.cache
+def _accept_budget(causal_class: type) -> Callable[..., Any]:
+    """A causal LM's forward that also lists `budget`, which `generate` looks for in the signature."""
+
+    def forward(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return original_forward(causal)(*args, **kwargs)
+
+    dense = causal_class.forward  # type: ignore[attr-defined]
+    functools.update_wrapper(forward, dense)
+    signature = inspect.signature(dense)
+    budget = inspect.Parameter("budget", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *named, last = signature.parameters.values()
+    ordered = [*named, budget, last] if last.kind is last.VAR_KEYWORD else [*named, last, budget]
+    forward.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
+    return forward
+
+
+def num_router_parameters(model: nn.Module) -> int:
+    """Trainable numbers in the routers."""
+    children = [getattr(x, ROUTER_CHILD, None) for x in decoder_layers(decoder_of(model))]
+    return sum(p.numel() for child in children if child is not None for p in child.parameters())

@@ -1,0 +1,142 @@
+"""Controls behind the routers' own interface: random masks and static dropping.
+
+Each is a decider for `decided_by(model, decider)`. Learned static dropping is a router kind instead
+(router="bias"). Orders say which unit to drop first.
+
+Shapes: B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from router_tuning.data import Windows
+from router_tuning.execution.context import ForwardContext, decided_by, dense, routing_of
+from router_tuning.execution.partial import entering_states, run_from
+from router_tuning.units import Unit, attention_of, decoder_layers, decoder_of, post_norm_of, unwrap
+
+Progress = Callable[[int, int], None]
+
+
+class RandomMask:
+    """Keeps each token at a given rate, independently; the same seed gives the same masks however text is chunked.
+
+    Args:
+        rate: kept fraction, one for all units or one a unit name.
+        seed: of the masks.
+    """
+
+    def __init__(self, rate: float | Mapping[str, float], seed: int = 0) -> None:
+        self.rate = rate
+        self.seed = seed
+
+    def __call__(self, unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
+        rate = self.rate if isinstance(self.rate, (int, float)) else self.rate[unit.name]
+        row_B1 = torch.arange(forward.rows, device=x_BTD.device)[:, None]
+        key = _mix(_mix(torch.full_like(row_B1, self.seed * 1_000_003 + unit.layer_idx)) ^ row_B1)
+        return _uniform(_mix(key ^ (forward.position_BT + 1))) < rate
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (multiply, xor, shift), in int64 so that no platform overflows differently."""
+    mask = 0xFFFFFFFF
+    x = x & mask
+    x = ((x >> 16) ^ x) * 0x45D9F3B & mask
+    x = ((x >> 16) ^ x) * 0x45D9F3B & mask
+    return (x >> 16) ^ x
+
+
+def _uniform(x: Tensor) -> Tensor:
+    return x.double() / 2**32
+
+
+class StaticDrop:
+    """Never runs some units, always runs the others.
+
+    Args:
+        dropped: names of the units never run.
+    """
+
+    def __init__(self, dropped: Collection[str]) -> None:
+        self.dropped = frozenset(dropped)
+
+    def __call__(self, unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
+        return torch.full(x_BTD.shape[:2], unit.name not in self.dropped, device=x_BTD.device)
+
+
+def cosine_order(model: nn.Module, windows: Windows, *, batch_size: int = 8) -> list[str]:
+    """Units by falling similarity of the residual stream before and after them (LLM-Drop, He et al. 2024, eq. 3).
+
+    The first is dropped first. Similarity is the mean cosine over tokens, with the dense model.
+    """
+    decoder = decoder_of(model)
+    units = routing_of(model).units
+    sums = {unit.name: 0.0 for unit in units}
+    hooks = [hook for unit in units for hook in _similarity_hooks(decoder, unit, sums)]
+    try:
+        with torch.no_grad(), dense(model):
+            for start in range(0, len(windows), batch_size):
+                decoder(input_ids=windows.ids[start : start + batch_size], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sorted(sums, key=lambda name: -sums[name])
+
+
+def _similarity_hooks(decoder: nn.Module, unit: Unit, sums: dict[str, float]) -> list[Any]:
+    layer = decoder_layers(decoder)[unit.layer_idx]
+    branch = post_norm_of(decoder, layer) or attention_of(decoder, layer)
+    entering: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        entering[:] = [args[0]]
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        update = output[0] if isinstance(output, tuple) else output
+        before = entering[0]
+        sums[unit.name] += float(torch.cosine_similarity(before, before + update, dim=-1).sum())
+
+    return [layer.register_forward_pre_hook(enter), branch.register_forward_hook(leave)]
+
+
+def greedy_order(
+    model: nn.Module, windows: Windows, num: int, *, progress: Progress | None = None
+) -> list[str]:
+    """The `num` units to drop one after another, each time the one whose loss of the windows grows least.
+
+    Layers below a candidate are not run again: their states are kept from the round before.
+    """
+    dropped: list[str] = []
+    units = routing_of(model).units
+    done, total = 0, sum(len(units) - i for i in range(num))
+    for _ in range(num):
+        losses: dict[str, float] = {}
+        with torch.no_grad(), decided_by(model, StaticDrop(dropped)):
+            states = entering_states(decoder_of(model), windows.ids)
+        for unit in units:
+            if unit.name in dropped:
+                continue
+            with torch.no_grad(), decided_by(model, StaticDrop([*dropped, unit.name])):
+                losses[unit.name] = _loss_from(
+                    model, windows.ids, unit.layer_idx, states[unit.layer_idx]
+                )
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        dropped.append(min(losses, key=lambda name: losses[name]))
+    return dropped
+
+
+def _loss_from(model: nn.Module, ids: Tensor, first: int, state_BTD: Tensor) -> float:
+    """Mean loss a token, running the decoder layers from `first` on."""
+    with run_from(decoder_of(model), first, state_BTD):
+        total, count = 0.0, 0
+        logits = unwrap(model)(input_ids=ids, use_cache=False).logits
+        for row, target in zip(logits[:, :-1], ids[:, 1:], strict=True):
+            total += float(torch.nn.functional.cross_entropy(row.float(), target, reduction="sum"))
+            count += target.numel()
+    return total / count

@@ -1,0 +1,161 @@
+"""Choose one threshold a budget, so that held-out text is kept at that fraction with routing on.
+
+Skipping in early layers moves the logits of later ones, so the threshold is a fixed point: run, take the
+quantile of the logits that were seen, run again. Changes only the config's `calibration`; knows nothing of
+training or saving. Budgets are kept fractions of all units of the routed kinds and all real tokens, the
+always-run prefix of sequence granularities and unrouted layers included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from router_tuning.config import check_budget
+from router_tuning.data import Example, Windows, make_windows
+from router_tuning.errors import BudgetError
+from router_tuning.execution.context import record, routing_of
+from router_tuning.record import Trace
+from router_tuning.units import decoder_of
+
+BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+TOLERANCE = 0.004
+MAX_PASSES = 5
+
+Progress = Callable[[int, int], None]
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: Any,
+    held_out: Iterable[Example],
+    budgets: Sequence[float] = BUDGETS,
+    *,
+    max_windows: int = 16,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Calibrate budgets on held-out examples; see `calibrate_windows`.
+
+    Use text that the routers were not trained on, of the kind that will be served.
+    """
+    windows = make_windows(tokenizer, list(held_out), limit=max_windows)
+    return calibrate_windows(model, windows, budgets, progress=progress)
+
+
+def calibrate_windows(
+    model: nn.Module,
+    windows: Windows,
+    budgets: Sequence[float] = BUDGETS,
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Find one threshold a budget and put them into the config's `calibration`, replacing what was there.
+
+    Returns the entries, sorted by budget: {"budget", "threshold", "kept_fraction", "kept_of_routed",
+    "kept_per_unit"}, the kept fractions as measured on these windows at that threshold.
+
+    Raises:
+        BudgetError: a budget out of (0, 1), none given, or below what always runs.
+    """
+    wanted = sorted({check_budget(b) for b in budgets}, reverse=True)
+    if not wanted or wanted[0] == 1.0:
+        raise BudgetError(
+            f"budgets to calibrate must lie between 0 and 1 (1 keeps all anyway), got {list(budgets)}"
+        )
+    config = routing_of(model).config
+    before = config.calibration, config.default_budget
+    entries: list[dict[str, Any]] = []
+    try:
+        trace = _run(model, windows, 0.0, batch_size)
+        for done, budget in enumerate(wanted):
+            entry, trace = _fixed_point(model, windows, budget, trace, batch_size)
+            entries.append(entry)
+            if progress is not None:
+                progress(done + 1, len(wanted))
+    except BaseException:
+        config.calibration, config.default_budget = before
+        raise
+    config.calibration = sorted(entries, key=lambda e: float(e["budget"]))
+    config.default_budget = before[1]
+    return config.calibration
+
+
+def _fixed_point(
+    model: nn.Module, windows: Windows, budget: float, trace: Trace, batch_size: int
+) -> tuple[dict[str, Any], Trace]:
+    """The entry of the threshold that came nearest to the budget, and the last trace."""
+    best: dict[str, Any] | None = None
+    for _ in range(MAX_PASSES):
+        threshold = _threshold_keeping(trace, budget)
+        trace = _run(model, windows, threshold, batch_size)
+        entry = {
+            "budget": budget,
+            "threshold": threshold,
+            "kept_fraction": trace.kept_fraction(),
+            "kept_of_routed": trace.kept_of_routed(),
+            "kept_per_unit": trace.kept_per_unit(),
+        }
+        if best is None or _miss(entry) < _miss(best):
+            best = entry
+        if _miss(entry) <= TOLERANCE:
+            break
+    assert best is not None
+    return best, trace
+
+
+def _miss(entry: dict[str, Any]) -> float:
+    return abs(float(entry["kept_fraction"]) - float(entry["budget"]))
+
+
+def _threshold_keeping(trace: Trace, budget: float) -> float:
+    """The threshold at which the logits of a trace would be kept at the budget."""
+    logits, always = _free_logits(trace)
+    num_real = sum(int(f.real_BT.sum()) for f in trace.forwards)
+    unrouted = (trace.num_units - len(trace.unit_names)) * num_real
+    keep = round(budget * trace.num_units * num_real) - unrouted - always
+    if keep < 0:
+        floor = (unrouted + always) / (trace.num_units * num_real)
+        raise BudgetError(
+            f"budget {budget:g} cannot be met: {floor:.3f} of the executions run in any case (unrouted layers and "
+            f"the first decide_after tokens); ask for more, route more layers, or calibrate on longer text"
+        )
+    if keep == 0:
+        return float(torch.nextafter(logits.max(), torch.tensor(math.inf)))
+    return float(logits.kthvalue(max(logits.numel() - keep + 1, 1)).values)
+
+
+def _free_logits(trace: Trace) -> tuple[Tensor, int]:
+    """Logits of all tokens that are not kept in any case, and the number of those that are."""
+    parts, always = [], 0
+    for forward in trace.forwards:
+        for unit in forward.units.values():
+            assert unit.logits_BT is not None
+            free_BT = (
+                forward.real_BT if unit.always_BT is None else forward.real_BT & ~unit.always_BT
+            )
+            parts.append(unit.logits_BT[free_BT])
+            always += int((forward.real_BT & ~free_BT).sum())
+    return torch.cat(parts).float().cpu(), always
+
+
+def _run(model: nn.Module, windows: Windows, threshold: float, batch_size: int) -> Trace:
+    config = routing_of(model).config
+    # A table of one budget, so that the pass goes through the same door as any other call.
+    config.calibration = [{"budget": 0.5, "threshold": threshold}]
+    config.default_budget = 0.5
+    decoder = decoder_of(model)
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        with torch.no_grad(), record(model) as trace:
+            for start in range(0, len(windows), batch_size):
+                ids = windows.ids[start : start + batch_size].to(next(decoder.parameters()).device)
+                decoder(input_ids=ids, use_cache=False)
+    finally:
+        decoder.train(was_training)
+    return trace

@@ -1,0 +1,590 @@
+"""Text in, token windows out: what routers are tuned, calibrated and measured on.
+
+Examples come from a local file, a hub data set, or the frozen model itself (shipped prompts, sampled answers).
+`make_windows` tokenises them under the model's own chat template and cuts the stream into windows of equal
+length, each token marked as answer or not. Knows nothing of routers, except that sampling switches them off.
+
+Shapes: N windows, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from router_tuning.errors import ConfigError, DataError, UnsupportedCallError, UnsupportedModelError
+from router_tuning.execution.context import dense, routing_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) as work goes on."""
+
+FORMS = (("messages",), ("prompt", "response"), ("question", "answer"), ("text",))
+WANTED = 'wanted {"messages": [{"role", "content"}, ...]}, {"prompt", "response"}, {"question", "answer"} or {"text"}'
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+_PATH_SUFFIXES = {*FILE_SUFFIXES, ".gz", ".json", ".csv", ".tsv", ".parquet", ".md", ".zip", ".zst"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+_MARK = "q7Jx{}Wz"  # stands for the i-th message while a template's own text is found out
+_MARKS = re.compile(r"q7Jx(\d+)Wz")
+_CHARS_PER_TOKEN = (
+    16  # far above what real text has, so that a head this long holds the tokens asked for
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation, or one plain text: exactly one of the two is set."""
+
+    messages: tuple[dict[str, str], ...] | None = None
+    text: str | None = None
+
+
+def load_examples(source: str | Path, *, limit: int | None = None) -> list[Example]:
+    """Read examples from a local file or, by name, from the hub.
+
+    Args:
+        source: a `.jsonl` file (each row in one of the four FORMS), a `.txt` file (one example, the whole
+            text), either also with `.gz`, or the id of a hub data set, whose split "train" is read.
+        limit: at most so many examples. None reads all.
+
+    Raises:
+        DataError: missing, unreadable, empty or malformed; a file's line number is named.
+    """
+    _at_least(1, limit=limit)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise DataError(
+            f"{source} is a folder; wanted a file ({', '.join(FILE_SUFFIXES)}) or a hub id"
+        )
+    if path.exists():
+        found = _file_examples(path)
+    elif isinstance(source, Path) or _looks_like_path(source):
+        raise DataError(
+            f"no such file: {source}; wanted {', '.join(FILE_SUFFIXES)}, or a hub id such as org/name"
+        )
+    else:
+        found = _hub_examples(source)
+    examples = list(islice(found, limit))
+    if not examples:
+        raise DataError(f"{source} is empty: it holds no example; {WANTED}")
+    return examples
+
+
+def default_prompts() -> list[str]:
+    """The prompts shipped with the package, for tuning without any data."""
+    return resources.files("router_tuning").joinpath("prompts.txt").read_text("utf-8").splitlines()
+
+
+def _looks_like_path(name: str) -> bool:
+    suffixes = {Path(name).suffix.lower()}
+    return (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or bool(suffixes & _PATH_SUFFIXES)
+        or not _HUB_ID.fullmatch(name)
+    )
+
+
+def _file_examples(path: Path) -> Iterator[Example]:
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".txt"):
+        text = "".join(line for _, line in _lines(path)).replace("\r\n", "\n")
+        if text.strip():
+            yield Example(text=text)
+    elif name.endswith(".jsonl"):
+        for number, line in _lines(path):
+            if line.strip():
+                yield _example(_row(line, f"{path}, line {number}"), f"{path}, line {number}")
+    else:
+        raise DataError(
+            f"{path}: unknown kind of file; wanted a name ending in {', '.join(FILE_SUFFIXES)}"
+        )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file, numbered from 1."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):  # noqa: B007 (the handler reads it)
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number}: wanted UTF-8 text, got {error.reason}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read after line {number} ({error})") from error
+
+
+def _row(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not valid JSON ({error.msg}, column {error.colno}); wanted one JSON object a line"
+        ) from error
+
+
+def _hub_examples(name: str) -> Iterator[Example]:
+    import datasets  # slow to import, and most runs read local files
+
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # many kinds: offline, unknown name, no such split, needs a config
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"cannot load the data set {name!r} from the hub ({type(error).__name__}: {reason}). Check its name "
+            f"and the network, or give a local file ({', '.join(FILE_SUFFIXES)})"
+        ) from error
+    for number, row in enumerate(rows):
+        yield _example(row, f"{name}, row {number}")
+
+
+def _example(row: object, where: str) -> Example:
+    """One row in one of the four FORMS; a field that is null counts as absent."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {WANTED}, got a {type(row).__name__}")
+    present = {key for key, value in row.items() if value is not None}
+    form = next((form for form in FORMS if present.issuperset(form)), None)
+    if form is None:
+        half = next((form for form in FORMS if present.intersection(form)), None)
+        got = f"got the fields {', '.join(map(repr, row)) or 'none'}"
+        if half:
+            missing = ", ".join(repr(key) for key in half if key not in present)
+            raise DataError(f"{where}: missing {missing}; {WANTED}, {got}")
+        raise DataError(f"{where}: {WANTED}, {got}")
+    if form == ("messages",):
+        return Example(messages=_messages(row["messages"], where))
+    values = [_content(row[key], key, where) for key in form]
+    if form == ("text",):
+        return Example(text=values[0])
+    return Example(messages=_turns(*values))
+
+
+def _messages(messages: object, where: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(
+            f"{where}: messages must be a list of at least one message, got {messages!r:.80}"
+        )
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise DataError(
+                f'{where}: message {number} must be {{"role", "content"}}, got {message!r:.80}'
+            )
+    return tuple(
+        {
+            key: _content(message[key], f"{key} of message {number}", where)
+            for key in ("role", "content")
+        }
+        for number, message in enumerate(messages)
+    )
+
+
+def _turns(prompt: str, response: str) -> tuple[dict[str, str], ...]:
+    return ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
+
+
+def _content(value: object, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name} must be a text, got {value!r:.80}")
+    if not value.strip():
+        raise DataError(f"{where}: {name} is empty; leave the row out")
+    try:
+        value.encode()
+    except (
+        UnicodeEncodeError
+    ) as error:  # JSON can spell half a surrogate pair; tokenizers fail on it
+        raise DataError(f"{where}: {name} holds an invalid character ({error.reason})") from error
+    return value
+
+
+def _at_least(low: int, **options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < low:
+            raise ConfigError(f"{name} must be at least {low}, got {value}")
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Token windows of equal length, without padding."""
+
+    ids: Tensor
+    """Token ids, int64 (N, L)."""
+    answer: Tensor
+    """True at the tokens that an assistant wrote, its end of turn included: bool (N, L)."""
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of all windows."""
+        return self.ids.numel()
+
+    def take(self, indices: Sequence[int] | Tensor) -> Windows:
+        """The windows at these indices, in this order."""
+        rows = torch.as_tensor(indices, dtype=torch.long)
+        return Windows(self.ids[rows], self.answer[rows])
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[Windows, Windows]:
+        """Hold back a random fraction of the windows: (the rest, held back), at least one in each.
+
+        Raises:
+            ConfigError: the fraction is not between 0 and 1.
+            DataError: there is only one window.
+        """
+        if not 0.0 < fraction < 1.0:
+            raise ConfigError(f"the fraction to hold back must be between 0 and 1, got {fraction}")
+        if len(self) < 2:
+            raise DataError(
+                "there is one window only, so none can be held back; give more text or shorter windows"
+            )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        held = min(max(round(fraction * len(self)), 1), len(self) - 1)
+        return self.take(order[held:].sort().values), self.take(order[:held].sort().values)
+
+
+class WindowDataset(Dataset[dict[str, Tensor]]):
+    """Windows as a training set: {"input_ids": (L,), "labels": (L,)}.
+
+    Labels are the ids (a causal LM shifts them itself). With `answers_only` they are -100 outside answers, and
+    windows without an answer token to predict are left out.
+    """
+
+    def __init__(self, windows: Windows, *, answers_only: bool = False) -> None:
+        if answers_only:
+            windows = windows.take(windows.answer[:, 1:].any(dim=1).nonzero().flatten())
+            if not len(windows):
+                raise DataError(
+                    "no window holds an answer; give conversations, or train on all tokens"
+                )
+        self.windows = windows
+        self.answers_only = answers_only
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids, answer = self.windows.ids[index], self.windows.answer[index]
+        labels = ids.masked_fill(~answer, -100) if self.answers_only else ids.clone()
+        return {"input_ids": ids, "labels": labels}
+
+
+def make_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example],
+    *,
+    length: int = 256,
+    limit: int | None = None,
+) -> Windows:
+    """Tokenise examples into one stream and cut it into windows.
+
+    Conversations are written by the model's chat template, or as `User: ...\\nAssistant: ...\\n\\n` where the
+    tokenizer has none. A plain text is taken as it is; the end-of-text token stands between it and what follows.
+    A tokenizer that begins every text with its bos token (Llama, Gemma) begins every window with it too, because
+    those models are far off without it; no other bos is added. What is left over is dropped, unless it is all
+    there is: then it makes one shorter window.
+
+    Args:
+        tokenizer: the model's own.
+        examples: conversations and texts; read only as far as needed.
+        length: L, tokens of a window, at least 2.
+        limit: at most so many windows. None makes all.
+
+    Raises:
+        DataError: fewer than two tokens, or a conversation that the chat template refuses.
+    """
+    _at_least(2, length=length)
+    _at_least(1, limit=limit)
+    stream = _Stream([], [])
+    wanted = None if limit is None else limit * length
+    after_text = False
+    for number, example in enumerate(examples):
+        if after_text and tokenizer.eos_token_id not in (None, stream.ids[-1]):
+            stream.add([tokenizer.eos_token_id], [False])
+        if example.messages is not None:
+            stream.add(*_chat_tokens(tokenizer, example.messages, f"example {number}"))
+        else:
+            ids = _text_tokens(tokenizer, example.text or "", wanted and wanted - len(stream.ids))
+            stream.add(ids, [False] * len(ids))
+        after_text = example.messages is None
+        if wanted is not None and len(stream.ids) >= wanted:
+            break
+    return stream.cut(length, limit, _leading_bos(tokenizer))
+
+
+@dataclass
+class _Stream:
+    """All tokens in order, each marked as answer or not."""
+
+    ids: list[int]
+    answer: list[bool]
+
+    def add(self, ids: list[int], answer: list[bool]) -> None:
+        self.ids += ids
+        self.answer += answer
+
+    def cut(self, length: int, limit: int | None, bos: int | None) -> Windows:
+        ids: list[list[int]] = []
+        answer: list[list[bool]] = []
+        position = 0
+        while position < len(self.ids) and (limit is None or len(ids) < limit):
+            lead = 0 if bos is None or self.ids[position] == bos else 1
+            end = position + length - lead
+            if end > len(self.ids) and ids:
+                break
+            ids.append([bos or 0] * lead + self.ids[position:end])
+            answer.append([False] * lead + self.answer[position:end])
+            position = end
+        if not ids or len(ids[0]) < 2:
+            raise DataError(f"the text is too short: wanted at least 2 tokens, got {len(self.ids)}")
+        return Windows(torch.tensor(ids), torch.tensor(answer))
+
+
+def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The bos token if the tokenizer begins a plain text with it, else None."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+
+
+def _text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | None) -> list[int]:
+    """The tokens of a text; where only `wanted` are needed, of a head that is long enough."""
+    if wanted is not None and len(text) > _CHARS_PER_TOKEN * wanted:
+        ids: list[int] = tokenizer(text[: _CHARS_PER_TOKEN * wanted], verbose=False)["input_ids"]
+        if len(ids) >= 2 * wanted:  # what the cut may have changed lies far behind
+            return ids[:wanted]
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return ids
+
+
+def _chat_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str
+) -> tuple[list[int], list[bool]]:
+    """The tokens of a conversation, and which of them are answer."""
+    templated = bool(tokenizer.chat_template)
+    text, spans = _rendered(tokenizer, messages, where) if templated else _plain_chat(messages)
+    special = not templated  # a template writes its own bos
+    if not tokenizer.is_fast:
+        return _slow_tokens(tokenizer, text, spans, special)
+    encoded = tokenizer(
+        text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
+    )
+    offsets = encoded["offset_mapping"]
+    answer = [any(start < b and end > a for a, b in spans) for start, end in offsets]
+    return encoded["input_ids"], answer
+
+
+def _slow_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], special: bool
+) -> tuple[list[int], list[bool]]:
+    """As _chat_tokens, where the tokenizer tells no offsets: a span begins after the tokens of its prefix."""
+
+    def tokens(part: str) -> list[int]:
+        ids: list[int] = tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"]
+        return ids
+
+    ids = tokens(text)
+    answer = [False] * len(ids)
+    for a, b in spans:
+        first, last = len(tokens(text[:a])), min(len(tokens(text[:b])), len(ids))
+        answer[first:last] = [True] * (last - first)
+    return ids, answer
+
+
+def _plain_chat(messages: Sequence[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation for models without a chat template, and where its answers are."""
+    text, spans = "", []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        text += f"{message['role'].capitalize()}: "
+        turn = message["content"] + ("\n\n" if is_answer else "\n")
+        if is_answer:
+            spans.append((len(text), len(text) + len(turn)))
+        text += turn
+    return text, spans
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation under the model's chat template, and where its answers are.
+
+    The template is also run with marks for answers, which tells its own text from theirs: an answer is found
+    even if it is a word of the template, is trimmed by it, or loses its reasoning.
+    """
+    text = _templated(tokenizer, messages, where)
+    marked = [
+        {**m, "content": _MARK.format(i)} if m["role"] == "assistant" else m
+        for i, m in enumerate(messages)
+    ]
+    begin, *rest = _MARKS.split(_templated(tokenizer, marked, where))
+    ends = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+    position, spans = len(begin), []
+    for index, after in zip(map(int, rest[::2]), rest[1::2], strict=True):
+        end = _content_end(text, position, messages[index]["content"], after)
+        if end < 0 or not text.startswith(begin):
+            raise DataError(
+                f"{where}: the answers cannot be told from the rest of this conversation under the model's chat "
+                f'template; leave it out, or give it as {{"text"}}'
+            )
+        spans.append((position, end + _end_of_turn(after, ends)))
+        position = end + len(after)
+    return text, spans
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    where: str,
+    generation_prompt: bool = False,
+) -> str:
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except Exception as error:  # whatever a template's own code raises
+        raise DataError(
+            f"{where}: the model's chat template refuses this conversation: {error}"
+        ) from error
+    return str(text)
+
+
+def _content_end(text: str, start: int, content: str, after: str) -> int:
+    """Where the content that begins at `start` ends, given the template's text after it; -1 if unknown."""
+    for written in (content, content.strip(), content.lstrip(), content.rstrip()):
+        if text.startswith(written + after, start):
+            return start + len(written)
+    return text.find(after, start) if after else len(text)
+
+
+def _end_of_turn(after: str, special_tokens: Iterable[str]) -> int:
+    """Length of the end-of-turn token at the start of a template's text (with blanks before it), or 0."""
+    blanks = len(after) - len(after.lstrip())
+    return max(
+        (blanks + len(t) for t in special_tokens if t and after.startswith(t, blanks)), default=0
+    )
+
+
+def sample_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Example]:
+    """Let the frozen model answer prompts (routers off, temperature 0.8, top-p 0.95).
+
+    The same seed gives the same answers for the same batch size; the caller's random numbers are not touched.
+
+    Returns:
+        One conversation a prompt, in the order of the prompts; prompts with an empty answer are left out.
+    """
+    _at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    texts = [_generation_text(tokenizer, prompt) for prompt in prompts]
+    special = not tokenizer.chat_template
+    inputs = [tokenizer(t, add_special_tokens=special, verbose=False)["input_ids"] for t in texts]
+    order = sorted(range(len(prompts)), key=lambda i: len(inputs[i]))
+    answers = [""] * len(prompts)
+    device = next(model.parameters()).device
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), evaluation_mode(model), _routers_off(model):
+        torch.manual_seed(seed)
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            batch = _generate(model, tokenizer, [inputs[i] for i in rows], max_new_tokens)
+            for i, ids in zip(rows, batch, strict=True):
+                answers[i] = _decoded(tokenizer, ids)
+            if progress is not None:
+                progress(min(begin + batch_size, len(order)), len(order))
+    return [Example(messages=_turns(p, a)) for p, a in zip(prompts, answers, strict=True) if a]
+
+
+def _generation_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        # No blank at the end: it is part of the answer's first token.
+        return _plain_chat([{"role": "user", "content": prompt}])[0] + "Assistant:"
+    message = {"role": "user", "content": prompt}
+    return _templated(tokenizer, [message], f"prompt {prompt!r:.40}", generation_prompt=True)
+
+
+def _generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: list[list[int]],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Sample a continuation of each row; rows are padded on the left."""
+    stops = _stop_ids(model, tokenizer)
+    pad = next((i for i in (tokenizer.pad_token_id, *stops) if i is not None), 0)
+    width = max(map(len, inputs))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in inputs], device=model.device)
+    mask = torch.tensor(
+        [[0] * (width - len(row)) + [1] * len(row) for row in inputs], device=model.device
+    )
+    output: Tensor = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        top_k=0,
+        pad_token_id=pad,
+        eos_token_id=stops or None,
+    )
+    rows: list[list[int]] = output[:, width:].tolist()
+    return rows
+
+
+def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    known = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in (*known, tokenizer.eos_token_id) if i is not None})
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text up to the first special token, or to where a model without chat template plays the user."""
+    special = set(tokenizer.all_special_ids)
+    end = next((i for i, token in enumerate(ids) if token in special), len(ids))
+    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
+    return (text if tokenizer.chat_template else text.split("\nUser:")[0]).strip()
+
+
+def _routers_off(model: nn.Module) -> AbstractContextManager[None]:
+    try:
+        routing_of(model)
+    except (
+        UnsupportedCallError,
+        UnsupportedModelError,
+    ):  # no routers, or of no family that can have them
+        return nullcontext()
+    return dense(model)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off inside the block; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

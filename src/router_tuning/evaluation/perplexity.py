@@ -1,0 +1,331 @@
+"""Loss of text windows: dense, routed at budgets, and under controls that skip as much.
+
+`window_loss` measures one model as it stands; `evaluate` puts the rows of a report together. Losses are in
+nats a token. Memory stays small for any vocabulary: logits are made for a few positions at a time.
+
+Shapes: B windows of a batch, L tokens of a window, P positions of a chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from router_tuning.baselines import RandomMask, StaticDrop, cosine_order, greedy_order
+from router_tuning.cost import flops_fraction
+from router_tuning.data import Progress, Windows, evaluation_mode
+from router_tuning.errors import ConfigError, DataError, UnsupportedModelError
+from router_tuning.execution.context import decided_by, dense, record, routing_of
+from router_tuning.record import Trace
+from router_tuning.units import unwrap
+
+LOGIT_BYTES = 64 * 2**20
+"""Most bytes of fp32 logits at once."""
+
+MEASURES = ("kept_fraction", "kept_of_routed", "loss", "answer_loss", "flops_fraction")
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Mean losses in nats a token, and over how many tokens."""
+
+    loss: float
+    answer_loss: float | None
+    """Over answer tokens only. None where the windows hold none."""
+    tokens: int
+    """Predicted tokens: all but the first of each window."""
+    answer_tokens: int
+
+
+def window_loss(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    batch_size: int = 8,
+    budget: float | None = None,
+    progress: Progress | None = None,
+) -> LossResult:
+    """Mean loss of the windows' tokens, each given the tokens of its window before it.
+
+    Args:
+        model: a causal LM of transformers, routed or not, or a PEFT model of one.
+        windows: from `make_windows`.
+        batch_size: windows of one forward. The logits' memory does not depend on it.
+        budget: of a routed model; None takes its default.
+        progress: called with windows done, and windows in all.
+
+    Raises:
+        DataError: there are no windows.
+    """
+    if not len(windows):
+        raise DataError("there are no windows to measure; wanted at least one")
+    options = {} if budget is None else {"budget": budget}
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad(), evaluation_mode(model):
+        for start in range(0, len(windows), batch_size):
+            ids = windows.ids[start : start + batch_size]
+            loss_BL = _token_losses(model, ids, options)
+            answer_BL = windows.answer[start : start + batch_size, 1:]
+            sums += torch.stack([loss_BL.sum(), loss_BL[answer_BL].sum()])
+            if progress is not None:
+                progress(min(start + batch_size, len(windows)), len(windows))
+    tokens = windows.ids[:, 1:].numel()
+    answer_tokens = int(windows.answer[:, 1:].sum())
+    answer_loss = float(sums[1]) / answer_tokens if answer_tokens else None
+    return LossResult(float(sums[0]) / tokens, answer_loss, tokens, answer_tokens)
+
+
+def _token_losses(model: nn.Module, ids_BL: Tensor, options: Mapping[str, float]) -> Tensor:
+    """Loss of each token but the first: float64 (B, L-1), on the CPU."""
+    causal: Any = unwrap(model)
+    decoder = _decoder(causal)
+    ids_BL = ids_BL.to(next(causal.parameters()).device)
+    output = decoder(input_ids=ids_BL, use_cache=False, **options)
+    hidden_PD = output.last_hidden_state[:, :-1].flatten(0, 1)
+    target_P = ids_BL[:, 1:].flatten()
+    chunk = max(LOGIT_BYTES // (4 * causal.get_input_embeddings().weight.shape[0]), 1)
+    losses = [
+        torch.nn.functional.cross_entropy(
+            _logits(causal, output, hidden_PD[i : i + chunk]).float(),
+            target_P[i : i + chunk].to(hidden_PD.device),
+            reduction="none",
+        )
+        for i in range(0, len(target_P), chunk)
+    ]
+    return torch.cat(losses).double().cpu().view(len(ids_BL), -1)
+
+
+def _decoder(causal: Any) -> nn.Module:
+    decoder = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
+    if not isinstance(decoder, nn.Module):
+        raise UnsupportedModelError(
+            f"wanted a causal LM of transformers (a decoder and a head), got {type(causal).__name__}"
+        )
+    return decoder
+
+
+class _Given(nn.Module):
+    """Stands where a causal LM has its decoder, and returns what the decoder gave before."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        return self.output
+
+
+def _logits(causal: Any, output: Any, hidden_PD: Tensor) -> Tensor:
+    """The causal LM's own logits of some positions: (P, V).
+
+    Its forward runs on a shallow copy whose decoder only returns these positions, so that whatever the family
+    does around its head (scaling, soft-capping) is done, and the model itself is not touched.
+    """
+    given = copy.copy(output)
+    given["last_hidden_state"] = hidden_PD[None]
+    head = copy.copy(causal)
+    head.__dict__.pop("forward", None)  # a replaced forward is bound to the model itself
+    head._modules = {**causal._modules, causal.base_model_prefix: _Given(given)}
+    logits: Tensor = head(use_cache=False, return_dict=True).logits[0]
+    return logits
+
+
+def evaluate(
+    model: nn.Module,
+    windows: Windows,
+    budgets: Sequence[float],
+    *,
+    batch_size: int = 8,
+    compare: bool = False,
+    selection: Windows | None = None,
+    learned_static: nn.Module | None = None,
+    seeds: Sequence[int] = (0,),
+    greedy_windows: int = 8,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a routed model dense and at budgets, and with `compare` controls that skip as much.
+
+    The controls: `random` keeps tokens at the rates that the routers had in each unit, `random_uniform` at
+    their mean rate in every unit (both are means over `seeds`); `static_cosine` and `static_greedy` drop whole
+    units, interpolated between whole numbers of units to exactly the budget; `learned_static` is another
+    adapter, whose routers are biases.
+
+    Args:
+        model: routed, with these budgets calibrated.
+        windows: text that nothing was tuned, calibrated or chosen on.
+        budgets: kept fractions in (0, 1].
+        batch_size: windows of one forward.
+        compare: whether to measure the controls.
+        selection: other windows, on which static dropping is chosen. Needed with `compare`.
+        learned_static: a calibrated model with router="bias". None leaves its list out, and says so.
+        seeds: of the random masks.
+        greedy_windows: how many selection windows the greedy choice runs on; it is slow.
+        progress: called with windows done, and windows in all.
+
+    Returns:
+        `{"dense": {"loss", "answer_loss", "tokens"}, "routed": [{"budget", *MEASURES}, ...]}`; with `compare`
+        also lists of the same form under the controls' names, and under "omitted" what was left out and why.
+        Rows of random masks add "seeds" and "loss_per_seed"; rows of static dropping add "units": the dropped
+        units, a list for each of the one or two numbers of units that the row interpolates.
+
+    Raises:
+        BudgetError: a budget that is out of range or not calibrated.
+        ConfigError: `compare` without selection windows, or without seeds.
+    """
+    if compare:
+        _check_controls(windows, selection, seeds)
+    counts = _static_counts(model, budgets)
+    passes = 1 + len(budgets)
+    if compare:
+        num_static = len({n for pair in counts.values() for n in pair})
+        passes += 2 * len(seeds) * len(budgets) + 2 * num_static
+        passes += len(budgets) if learned_static is not None else 0
+    run = _Runs(windows, batch_size, passes, progress)
+
+    with dense(model):
+        base = run.loss(model)
+    result: dict[str, Any] = {
+        "dense": {"loss": base.loss, "answer_loss": base.answer_loss, "tokens": base.tokens},
+        "routed": [],
+    }
+    rates = []
+    for budget in budgets:
+        row, trace = run.row(model, budget)
+        result["routed"].append(row)
+        rates.append((row, trace.kept_per_unit()))
+    if not compare:
+        return result
+    assert selection is not None
+
+    result["random"] = [_random_row(run, model, row, per_unit, seeds) for row, per_unit in rates]
+    result["random_uniform"] = [
+        _random_row(run, model, row, row["kept_of_routed"], seeds) for row, _ in rates
+    ]
+    most = max(n for pair in counts.values() for n in pair)
+    few = selection.take(range(min(greedy_windows, len(selection))))
+    with evaluation_mode(model):
+        cosine = cosine_order(model, selection)
+        greedy = greedy_order(model, few, most)
+    result["static_cosine"] = list(_static_rows(run, model, counts, cosine))
+    result["static_greedy"] = list(_static_rows(run, model, counts, greedy))
+    if learned_static is None:
+        result["omitted"] = {"learned_static": 'no adapter with router="bias" was given'}
+    else:
+        result["learned_static"] = [run.row(learned_static, b)[0] for b in budgets]
+    return result
+
+
+def _check_controls(windows: Windows, selection: Windows | None, seeds: Sequence[int]) -> None:
+    if selection is None or not len(selection):
+        raise ConfigError(
+            "compare chooses which units to drop on text of its own: give selection windows, such as those held "
+            "back for calibration"
+        )
+    if selection is windows or torch.equal(selection.ids, windows.ids):
+        raise ConfigError(
+            "selection and windows are the same text: dropping chosen on the text that it is measured on would "
+            "look better than it is; give other text for one of them"
+        )
+    if not seeds:
+        raise ConfigError("compare needs at least one seed for its random masks, got none")
+
+
+class _Runs:
+    """Measures one set of windows again and again, and counts the windows done."""
+
+    def __init__(
+        self, windows: Windows, batch_size: int, passes: int, progress: Progress | None
+    ) -> None:
+        self.windows = windows
+        self.batch_size = batch_size
+        self.total = passes * len(windows)
+        self.done = 0
+        self.progress = progress
+
+    def loss(self, model: nn.Module, budget: float | None = None) -> LossResult:
+        def advance(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(self.done + done, self.total)
+
+        result = window_loss(
+            model, self.windows, batch_size=self.batch_size, budget=budget, progress=advance
+        )
+        self.done += len(self.windows)
+        return result
+
+    def row(self, model: nn.Module, budget: float) -> tuple[dict[str, Any], Trace]:
+        """A report's row at a budget, and the trace behind it."""
+        with record(model) as trace:
+            result = self.loss(model, budget)
+        return {"budget": budget, **_measures(model, result, trace)}, trace
+
+    def decided(self, model: nn.Module, decider: RandomMask | StaticDrop) -> dict[str, Any]:
+        """A row's measures where something else than the routers decides."""
+        with decided_by(model, decider), record(model) as trace:
+            result = self.loss(model, 1.0)  # nothing is decided by a threshold
+        return _measures(model, result, trace)
+
+
+def _measures(model: nn.Module, result: LossResult, trace: Trace) -> dict[str, Any]:
+    return {
+        "kept_fraction": trace.kept_fraction(),
+        "kept_of_routed": trace.kept_of_routed(),
+        "loss": result.loss,
+        "answer_loss": result.answer_loss,
+        "flops_fraction": flops_fraction(model, trace),
+    }
+
+
+def _random_row(
+    run: _Runs,
+    model: nn.Module,
+    routed: Mapping[str, Any],
+    rate: float | Mapping[str, float],
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    rows = [run.decided(model, RandomMask(rate, seed)) for seed in seeds]
+    mean = _weighted([(row, 1 / len(rows)) for row in rows])
+    losses = [row["loss"] for row in rows]
+    return {"budget": routed["budget"], **mean, "seeds": list(seeds), "loss_per_seed": losses}
+
+
+def _static_counts(model: nn.Module, budgets: Iterable[float]) -> dict[float, tuple[int, ...]]:
+    """The one or two whole numbers of dropped units around each budget; no more than are routed."""
+    routing = routing_of(model)
+    counts = {}
+    for budget in budgets:
+        exact = _exact_count(routing.num_units_of_kind, budget)
+        around = {math.floor(exact), math.ceil(exact)}
+        counts[budget] = tuple(sorted({min(n, len(routing.units)) for n in around}))
+    return counts
+
+
+def _exact_count(num_units: int, budget: float) -> float:
+    return round((1 - budget) * num_units, 9)  # so that 0.9 of 30 units drops 3, not 2.9999999999999996
+
+
+def _static_rows(
+    run: _Runs, model: nn.Module, counts: Mapping[float, tuple[int, ...]], order: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    needed = sorted({n for pair in counts.values() for n in pair})
+    measured = {n: run.decided(model, StaticDrop(order[:n])) for n in needed}
+    for budget, pair in counts.items():
+        low, high = pair[0], pair[-1]
+        exact = _exact_count(routing_of(model).num_units_of_kind, budget)
+        share = min(exact - low, 1.0) if high > low else 0.0
+        row = _weighted([(measured[low], 1 - share), (measured[high], share)])
+        yield {"budget": budget, **row, "units": [list(order[:n]) for n in pair]}
+
+
+def _weighted(rows: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, Any]:
+    """The weighted mean of each measure; None where it is None."""
+    return {
+        name: None if rows[0][0][name] is None else sum(row[name] * weight for row, weight in rows)
+        for name in MEASURES
+    }

@@ -1,0 +1,1 @@
+"""How decisions are carried out: masked (differentiable) or skipping (fast). It never knows who decided."""

@@ -1,0 +1,389 @@
+"""The cache layer of a routed attention: which keys are kept, and what a sequence decision needs to remember.
+
+`RoutedCacheLayer` takes the place of a layer of a transformers cache on first touch. As long as nothing has
+been skipped it passes everything to the layer it replaced, so that results stay equal to the dense model's
+to the bit. With the first skipped token it moves to `KeptKeys`, which holds only the keys that the policy
+names, each with the column (token index in the cache, pads included) that it had.
+
+Shapes: B batch, H key/value heads, S slots, N tokens written, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from router_tuning.decide import PrefixSums
+from router_tuning.errors import UnsupportedCallError
+
+# Tokens that a cache with kv_window can be cropped by: the ring keeps this many expired keys.
+CROP_SLACK = 64
+GROWTH = 64
+
+
+class KeptKeys:
+    """Keys and values of the kept tokens of each row; rows may hold different numbers.
+
+    Slots 0 ... ring-1 are a ring of the latest skipped tokens (kv_window > 0 only): the token of column c
+    lies in slot c % ring, so a key that has left the window is overwritten and never copied away. Kept and
+    sink tokens are appended from slot `ring` on.
+    """
+
+    def __init__(
+        self, batch: int, key_NHD: Tensor, value_NHD: Tensor, window: int, sliding: int | None
+    ) -> None:
+        self.window = window
+        self.ring = window + CROP_SLACK if window else 0
+        self.sliding = sliding
+        self.seen = 0
+        self.forgotten = 0  # columns below this were dropped by a sliding layer
+        self.lengths = [0] * batch
+        self.keys = key_NHD.new_zeros((batch, key_NHD.shape[1], self.ring, key_NHD.shape[2]))
+        self.values = value_NHD.new_zeros(
+            (batch, value_NHD.shape[1], self.ring, value_NHD.shape[2])
+        )
+        self.columns_BS = torch.full((batch, self.ring), -1, device=key_NHD.device)
+
+    @property
+    def used(self) -> int:
+        """Slots in use by the longest row."""
+        return self.ring + max(self.lengths, default=0)
+
+    def view(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys (B, H, S, D), values and columns (B, S) in use; column -1 marks an empty slot."""
+        used = self.used
+        return self.keys[:, :, :used], self.values[:, :, :used], self.columns_BS[:, :used]
+
+    def permanent_S(self) -> Tensor:
+        """True at slots whose key stays visible, False in the ring."""
+        return torch.arange(self.used, device=self.columns_BS.device) >= self.ring
+
+    def append(
+        self,
+        row_N: Tensor,
+        column_N: Tensor,
+        permanent_N: Tensor,
+        key_NHD: Tensor,
+        value_NHD: Tensor,
+    ) -> None:
+        """Write tokens, ordered by row and then by column. `seen` is advanced by `advance`, not here."""
+        counts = torch.bincount(row_N[permanent_N], minlength=len(self.lengths)).tolist()
+        self._make_room(counts)
+        row, slot = row_N[permanent_N], self._next_slots(row_N[permanent_N], counts)
+        self._put(row, slot, column_N[permanent_N], key_NHD[permanent_N], value_NHD[permanent_N])
+        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+        if self.ring and column_N.numel():
+            # Of a long chunk only the last `ring` columns find a slot of their own.
+            recent_N = ~permanent_N & (column_N > column_N.max() - self.ring)
+            self._put(
+                row_N[recent_N],
+                column_N[recent_N] % self.ring,
+                column_N[recent_N],
+                key_NHD[recent_N],
+                value_NHD[recent_N],
+            )
+
+    def advance(self, tokens: int) -> None:
+        """Note that `tokens` more columns have gone by, written or not."""
+        self.seen += tokens
+
+    def held(self) -> int:
+        """Keys that the policy names now: kept and sink ones (within a sliding window), and the latest skipped."""
+        _, _, columns_BS = self.view()
+        oldest = self.seen - self.window + 1
+        held_BS = (columns_BS >= 0) & (self.permanent_S() | (columns_BS >= oldest))
+        if self.sliding is not None:
+            held_BS &= columns_BS > self.seen - self.sliding
+        return int(held_BS.sum())
+
+    def crop(self, length: int) -> None:
+        """Forget the columns from `length` on."""
+        removed = self.seen - length
+        if removed <= 0:
+            return
+        if self.ring and removed > CROP_SLACK:
+            raise UnsupportedCallError(
+                f"a cache with kv_window={self.window} can be cropped by at most {CROP_SLACK} tokens, "
+                f"asked for {removed}; start a new cache, or use kv_window=0"
+            )
+        if self.sliding is not None and self.forgotten and length - self.sliding < self.forgotten:
+            raise UnsupportedCallError(
+                f"cannot crop to {length} tokens: keys before column {self.forgotten} have left the sliding "
+                f"window of {self.sliding}; start a new cache"
+            )
+        self.columns_BS[self.columns_BS >= length] = -1
+        self.lengths = (self.columns_BS[:, self.ring :] >= 0).sum(1).tolist()
+        self.seen = length
+
+    def select(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Rearrange the rows: `pick` maps a tensor with a batch dimension to the new one."""
+        lengths = torch.tensor(self.lengths, device=self.columns_BS.device)
+        self.lengths = pick(lengths).tolist()
+        self.keys, self.values = pick(self.keys), pick(self.values)
+        self.columns_BS = pick(self.columns_BS)
+
+    def _next_slots(self, row_N: Tensor, counts: list[int]) -> Tensor:
+        ends = torch.tensor(counts, device=row_N.device).cumsum(0)
+        firsts = (
+            torch.tensor(self.lengths, device=row_N.device)
+            - ends
+            + torch.tensor(counts, device=row_N.device)
+        )
+        return self.ring + firsts[row_N] + torch.arange(row_N.numel(), device=row_N.device)
+
+    def _put(self, row: Tensor, slot: Tensor, column: Tensor, key: Tensor, value: Tensor) -> None:
+        self.keys[row, :, slot] = key
+        self.values[row, :, slot] = value
+        self.columns_BS[row, slot] = column
+
+    def _make_room(self, counts: list[int]) -> None:
+        missing = self._missing(counts)
+        if missing > 0 and self.sliding is not None:
+            self._drop_expired(self.seen - self.sliding + 1)
+            missing = self._missing(counts)
+        if missing > 0:
+            # A prefill is stored to measure; decoding grows by steps, so that it seldom copies.
+            grow = max(missing, GROWTH) if any(self.lengths) else missing
+            self.keys, self.values = _pad_slots(self.keys, grow), _pad_slots(self.values, grow)
+            self.columns_BS = torch.nn.functional.pad(self.columns_BS, (0, grow), value=-1)
+
+    def _missing(self, counts: list[int]) -> int:
+        needed = max(n + c for n, c in zip(self.lengths, counts, strict=True))
+        return self.ring + needed - self.keys.shape[2]
+
+    def _drop_expired(self, first: int) -> None:
+        """Give up the permanent slots of columns before `first` and close the rows up."""
+        stay_BS = self.columns_BS[:, self.ring :] >= first
+        order_BS = (~stay_BS).to(torch.int8).sort(dim=1, stable=True).indices
+        size = int(stay_BS.sum(1).max())
+        gather = self.ring + order_BS[:, :size]
+        rows = torch.arange(len(self.lengths), device=gather.device)[:, None]
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            kept = old[rows, :, gather].transpose(1, 2)
+            setattr(self, name, torch.cat([old[:, :, : self.ring], kept], dim=2))
+        columns = self.columns_BS[rows, gather].masked_fill(
+            ~stay_BS.gather(1, order_BS[:, :size]), -1
+        )
+        self.columns_BS = torch.cat([self.columns_BS[:, : self.ring], columns], dim=1)
+        self.lengths = stay_BS.sum(1).tolist()
+        self.forgotten = max(self.forgotten, first)
+
+
+def _pad_slots(x_BHSD: Tensor, grow: int) -> Tensor:
+    return torch.nn.functional.pad(x_BHSD, (0, 0, 0, grow))
+
+
+class PrefixLogits:
+    """The router logits of each row's first tokens, with their columns, so that a crop can take them back."""
+
+    def __init__(self, batch: int, decide_after: int, device: torch.device) -> None:
+        self.logits_BP = torch.zeros((batch, decide_after), device=device)
+        self.columns_BP = torch.full((batch, decide_after), -1, device=device)
+
+    def add(
+        self, logits_BT: Tensor, position_BT: Tensor, prefix_BT: Tensor, column_T: Tensor
+    ) -> None:
+        """Store the logits of the tokens where prefix_BT is True, by their position in the sequence."""
+        row, token = prefix_BT.nonzero(as_tuple=True)
+        self.logits_BP[row, position_BT[row, token]] = logits_BT[row, token].detach()
+        self.columns_BP[row, position_BT[row, token]] = column_T[token]
+
+    def sums(self) -> PrefixSums:
+        """What has been seen so far."""
+        seen_BP = self.columns_BP >= 0
+        return PrefixSums((self.logits_BP * seen_BP).sum(1), seen_BP.sum(1))
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from column `length` on."""
+        self.columns_BP[self.columns_BP >= length] = -1
+
+    def select(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Rearrange the rows."""
+        self.logits_BP, self.columns_BP = pick(self.logits_BP), pick(self.columns_BP)
+
+
+class RoutedCacheLayer(CacheLayerMixin):
+    """The cache layer of a routed attention. `inner` serves until the first token is skipped, `store` after."""
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, inner: CacheLayerMixin) -> None:
+        self.inner = inner
+        self.store: KeptKeys | None = None
+        self.prefix: PrefixLogits | None = None
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Window of a sliding layer, in columns; None where all earlier keys are visible."""
+        return getattr(self.inner, "sliding_window", None)
+
+    @property
+    def is_sliding(self) -> bool:
+        return bool(getattr(self.inner, "is_sliding", False))
+
+    # transformers reads these three as plain attributes of a layer.
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self.store is not None or bool(self.inner.is_initialized)
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return self.store.view()[0] if self.store is not None else self.inner.keys
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self.store.view()[1] if self.store is not None else self.inner.values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.inner.lazy_initialization(key_states, value_states)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Add every token's key and value, as the dense model does."""
+        if self.store is not None:
+            raise UnsupportedCallError(
+                "this cache was filled by a routed model that skipped tokens, and the dense model needs every "
+                "token's keys; start a new cache (or leave the adapter enabled)"
+            )
+        keys, values = self.inner.update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.store.seen if self.store is not None else int(self.inner.get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.store is None:
+            length, offset = self.inner.get_mask_sizes(query_length)
+            return length, offset
+        seen, window = self.store.seen, self.sliding_window
+        offset = 0 if window is None else max(seen - window + 1, 0)
+        return seen - offset + query_length, offset
+
+    def get_max_length(self) -> int:
+        return int(self.inner.get_max_length())
+
+    # The name of get_max_length before transformers 5.20.
+    def get_max_cache_shape(self) -> int:
+        return int(getattr(self.inner, "get_max_cache_shape", self.inner.get_max_length)())
+
+    def begin_skipping(
+        self, batch: int, key_NHD: Tensor, value_NHD: Tensor, window: int, real_BC: Tensor | None
+    ) -> KeptKeys:
+        """Move what the dense layer holds (all of it kept) to a KeptKeys, leaving the pads behind.
+
+        The keys and values given (any number of tokens) only show shape, dtype and device.
+        """
+        if self.store is not None:
+            return self.store
+        self.store = KeptKeys(batch, key_NHD, value_NHD, window, self.sliding_window)
+        seen = int(self.inner.get_seq_length())
+        if seen:
+            held = self.inner.keys.shape[2]
+            columns = torch.arange(seen - held, seen, device=key_NHD.device)
+            real_BT = real_columns(real_BC, columns, batch)
+            row, token = real_BT.nonzero(as_tuple=True)
+            keys, values = self.inner.keys[row, :, token], self.inner.values[row, :, token]
+            self.store.append(
+                row, columns[token], torch.ones_like(row, dtype=torch.bool), keys, values
+            )
+            self.store.advance(seen)
+            self.store.forgotten = seen - held
+        self.inner.reset()
+        return self.store
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -tokens_to_remove tokens (a positive number, before 5.20, is the length to keep)."""
+        if tokens_to_remove >= 0 and self.store is None and self.prefix is None:
+            self.inner.crop(tokens_to_remove)
+            return
+        seen = self.get_seq_length()
+        length = seen + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, seen)
+        if self.store is not None:
+            self.store.crop(length)
+        else:
+            self.inner.crop(tokens_to_remove)
+        if self.prefix is not None:
+            self.prefix.crop(length)
+
+    def reset(self) -> None:
+        self.inner.reset()
+        self.store = self.prefix = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.inner.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.inner.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(lambda x: x[indices.to(x.device)])
+        self.inner.batch_select_indices(indices)
+
+    def activate_past_recording(self) -> None:
+        activate = getattr(self.inner, "activate_past_recording", None)
+        if activate is not None:
+            activate()
+
+    def offload(self) -> None:
+        raise UnsupportedCallError(
+            "offloaded caches cannot be routed; use the default dynamic cache"
+        )
+
+    def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
+        for part in (self.store, self.prefix):
+            if part is not None:
+                part.select(pick)
+
+
+def touch(cache: object, layer_idx: int) -> RoutedCacheLayer:
+    """The routed layer of a cache, put in the place of the ordinary one on first touch.
+
+    Raises:
+        UnsupportedCallError: a cache whose layers cannot be routed (static, offloaded, quantised, paged).
+    """
+    layer = check_layer(cache, layer_idx)
+    if isinstance(layer, RoutedCacheLayer):
+        return layer
+    routed = RoutedCacheLayer(layer)
+    cache.layers[layer_idx] = routed  # type: ignore[attr-defined]
+    return routed
+
+
+def check_layer(cache: object, layer_idx: int) -> CacheLayerMixin:
+    """The layer of a cache, or an error that says what to use instead."""
+    if not isinstance(cache, Cache) or cache.offloading:
+        kind = "an offloaded cache" if isinstance(cache, Cache) else f"a {type(cache).__name__}"
+        raise UnsupportedCallError(
+            f"routing cannot serve {kind}; use the default dynamic cache "
+            f"(no cache_implementation, no continuous batching)"
+        )
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, RoutedCacheLayer):
+        raise UnsupportedCallError(
+            f"routing cannot serve a cache layer of type {type(layer).__name__} (layer {layer_idx}); "
+            f"use the default dynamic cache: leave cache_implementation unset, or pass DynamicCache(config=...)"
+        )
+    return layer
+
+
+def real_columns(real_BC: Tensor | None, column_C: Tensor, batch: int) -> Tensor:
+    """Which of some columns are real tokens in each row: (B, len(column_C))."""
+    if real_BC is None:
+        return torch.ones((batch, column_C.numel()), dtype=torch.bool, device=column_C.device)
+    return real_BC[:, column_C]

@@ -1,0 +1,314 @@
+"""One object a forward, and the options of a call.
+
+A `ForwardContext` is made at the model's door (attach.py) and travels to every attention as a keyword
+argument, so it survives activation checkpointing. Options of a call (`record`, `replay`, `dense`, ...) live
+in a context variable while a `with` block runs. Nothing of either is kept on a module.
+
+Shapes: B batch, T tokens of this forward, C columns (all tokens so far, pads included), D hidden.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from router_tuning.config import RoutingConfig
+from router_tuning.errors import UnsupportedCallError
+from router_tuning.record import ForwardRecord, Trace, UnitRecord
+from router_tuning.units import Unit, decoder_layers, decoder_of, kind_of, post_norm_of
+
+Path = Literal["masked", "skipping"]
+
+CONTEXT_KEY = "routing_context"
+"""The keyword under which a forward's context travels to its attentions."""
+
+ROUTER_CHILD = "skip_router_attn"
+"""Name of the router beside an attention, as a child of the decoder layer."""
+
+
+@dataclass
+class Routing:
+    """What is attached to a decoder: the settings of the active adapter and the units they route."""
+
+    config: RoutingConfig
+    units: tuple[Unit, ...]
+    num_units_of_kind: int
+    enabled: bool = True
+
+
+@dataclass
+class ForwardContext:
+    """What one forward's units need to know."""
+
+    config: RoutingConfig
+    decoder: nn.Module
+    masked: bool
+    """True for the differentiable path, False for the skipping one."""
+    start: int
+    """Columns in the cache before this forward."""
+    real_BT: Tensor
+    """False at padding."""
+    position_BT: Tensor
+    """Index of each token among the real tokens of its sequence."""
+    column_T: Tensor
+    real_BC: Tensor | None
+    """Padding over all columns; None where there is none."""
+    sequence_BT: Tensor | None
+    """Index of the packed sequence of each token; None where a row is one sequence."""
+    threshold_B1: Tensor
+    decider: Decider | None
+    record: ForwardRecord
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.real_BT.shape[0]
+
+    @functools.cached_property
+    def num_real(self) -> int:
+        """Real tokens of this forward."""
+        return self.real_BT.numel() if self.real_BC is None else int(self.real_BT.sum())
+
+    def granularity(self, unit: Unit) -> str:
+        """The granularity under which a unit is routed."""
+        return next(g for g in self.config.granularities if kind_of(g) == unit.kind)
+
+    def post_norm(self, unit: Unit) -> nn.Module | None:
+        """The norm after a unit in sandwich families."""
+        return post_norm_of(self.decoder, decoder_layers(self.decoder)[unit.layer_idx])
+
+    def router(self, unit: Unit) -> nn.Module:
+        """The router beside a unit."""
+        child: nn.Module = getattr(decoder_layers(self.decoder)[unit.layer_idx], ROUTER_CHILD)
+        return child
+
+    def note(self, unit: Unit, record: UnitRecord) -> None:
+        """Record what a unit ran. The first time counts: activation checkpointing runs a layer again."""
+        self.record.units.setdefault(unit.name, record)
+
+
+class Decider(Protocol):
+    """Decides in the routers' place: a replay, a random mask, a static list."""
+
+    def __call__(self, unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
+        """True where the unit runs: bool (B, T)."""
+        ...
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """What a `with` block asks of the forwards inside it."""
+
+    dense: bool = False
+    path: Path | None = None
+    decider: Decider | None = None
+    trace: Trace | None = None
+
+
+_options: contextvars.ContextVar[Mapping[int, CallOptions]] = contextvars.ContextVar(
+    "router_tuning_options"
+)
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a module had before routing was installed."""
+    before = module.__dict__.get("dense_forward")
+    forward: Callable[..., Any] = type(module).forward.__get__(module) if before is None else before
+    return forward
+
+
+def options_for(decoder: nn.Module) -> CallOptions:
+    """The options in force for a decoder."""
+    return _options.get({}).get(id(decoder), CallOptions())
+
+
+def routing_of(model: nn.Module) -> Routing:
+    """What is attached to a model (PEFT model, causal LM or decoder).
+
+    Raises:
+        UnsupportedCallError: nothing is attached.
+    """
+    decoder = decoder_of(model)
+    routing = decoder.__dict__.get("routing")
+    if routing is None:
+        raise UnsupportedCallError(
+            "this model has no routers; attach them with get_peft_model(model, RouterTuningConfig(...)) "
+            "or load an adapter"
+        )
+    assert isinstance(routing, Routing)
+    return routing
+
+
+@contextmanager
+def _with_options(model: nn.Module, **changes: object) -> Iterator[None]:
+    key = id(decoder_of(model))
+    current = _options.get({})
+    changed = replace(current.get(key, CallOptions()), **changes)  # type: ignore[arg-type]
+    token = _options.set({**current, key: changed})
+    try:
+        yield
+    finally:
+        _options.reset(token)
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Trace]:
+    """Collect what the forwards inside the block ran.
+
+    >>> with record(model) as trace:
+    ...     model.generate(**inputs)
+    >>> trace.kept_fraction()
+    """
+    routing = routing_of(model)
+    trace = Trace(routing.num_units_of_kind, tuple(u.name for u in routing.units))
+    with _with_options(model, trace=trace):
+        yield trace
+
+
+@contextmanager
+def decided_by(model: nn.Module, decider: Decider) -> Iterator[None]:
+    """Let something else than the routers decide inside the block."""
+    routing_of(model)
+    with _with_options(model, decider=decider):
+        yield
+
+
+@contextmanager
+def replay(model: nn.Module, decisions: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give recorded decisions (unit name -> bool (B, C), see Trace.decisions) instead of the routers'."""
+
+    def decider(unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
+        end = forward.start + x_BTD.shape[1]
+        keep_BC = decisions[unit.name]
+        if keep_BC.shape[0] != x_BTD.shape[0] or keep_BC.shape[1] < end:
+            raise UnsupportedCallError(
+                f"the replayed decisions cover {keep_BC.shape[0]} rows and {keep_BC.shape[1]} columns, "
+                f"but this forward has {x_BTD.shape[0]} rows up to column {end}"
+            )
+        return keep_BC[:, forward.start : end]
+
+    with decided_by(model, decider):
+        yield
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Switch the routers off inside the block: the frozen base model, to the bit."""
+    with _with_options(model, dense=True):
+        yield
+
+
+@contextmanager
+def execute(model: nn.Module, path: Path) -> Iterator[None]:
+    """Force the path: "masked" computes every unit and hides what is skipped, "skipping" does not compute it."""
+    with _with_options(model, path=path):
+        yield
+
+
+def open_forward(
+    decoder: nn.Module,
+    routing: Routing,
+    options: CallOptions,
+    inputs: Tensor,
+    mask: object,
+    cache: object,
+    position_ids: Tensor | None,
+    thresholds: list[float],
+    path: Path,
+) -> ForwardContext:
+    """Read padding, positions and phase from a decoder's arguments; inputs are ids (B, T) or embeddings (B, T, D)."""
+    batch, length = inputs.shape[:2]
+    start = int(cache.get_seq_length()) if cache is not None else 0  # type: ignore[attr-defined]
+    real_BC = _padding(mask, batch, start, length, inputs.device)
+    column_T = torch.arange(start, start + length, device=inputs.device)
+    sequence_BT = None
+    if real_BC is None and cache is None and position_ids is not None:
+        sequence_BT = _packed(position_ids.expand(batch, -1))
+    real_BT = (
+        torch.ones((batch, length), dtype=torch.bool, device=inputs.device)
+        if real_BC is None
+        else real_BC[:, start:]
+    )
+    return ForwardContext(
+        config=routing.config,
+        decoder=decoder,
+        masked=path == "masked",
+        start=start,
+        real_BT=real_BT,
+        position_BT=_positions(real_BC, sequence_BT, column_T, batch),
+        column_T=column_T,
+        real_BC=real_BC,
+        sequence_BT=sequence_BT,
+        threshold_B1=_threshold_column(thresholds, batch, inputs.device),
+        decider=options.decider,
+        record=ForwardRecord(start, real_BT, routing.config.kv == "kept"),
+    )
+
+
+def _padding(
+    mask: object, batch: int, start: int, length: int, device: torch.device
+) -> Tensor | None:
+    """The 2-D padding mask over all columns as bool (B, C), or None where nothing is padded."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        kind = f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedCallError(
+            f"routing needs the 2-D padding mask (batch, tokens) or none, got a {kind} mask; leave "
+            f"attention_mask 2-D (static caches and custom masks are not supported while routing is on)"
+        )
+    if mask.shape != (batch, start + length):
+        raise UnsupportedCallError(
+            f"attention_mask must cover the cached and the new tokens: wanted {(batch, start + length)}, "
+            f"got {tuple(mask.shape)}"
+        )
+    real_BC = mask.to(device=device, dtype=torch.bool)
+    return None if bool(real_BC.all()) else real_BC
+
+
+def _packed(position_BT: Tensor) -> Tensor | None:
+    """Index of the packed sequence of each token, where position ids start again; None if they never do."""
+    fresh_BT = position_BT.diff(dim=1, prepend=position_BT[:, :1] - 1) != 1
+    return fresh_BT.long().cumsum(1) if bool(fresh_BT.any()) else None
+
+
+def _positions(
+    real_BC: Tensor | None, sequence_BT: Tensor | None, column_T: Tensor, batch: int
+) -> Tensor:
+    if real_BC is not None:
+        return (real_BC.long().cumsum(1) - 1).clamp(min=0)[:, column_T]
+    if sequence_BT is None:
+        return column_T.expand(batch, -1)
+    begins_BT = sequence_BT.diff(dim=1, prepend=sequence_BT[:, :1] - 1) != 0
+    return column_T - torch.where(begins_BT, column_T, 0).cummax(1).values
+
+
+def _threshold_column(thresholds: list[float], batch: int, device: torch.device) -> Tensor:
+    if batch % len(thresholds):
+        raise UnsupportedCallError(
+            f"budget must be one number or one a row: got {len(thresholds)} budgets for {batch} rows"
+        )
+    # Beams and num_return_sequences repeat the rows of a batch.
+    return torch.tensor(thresholds, device=device).repeat_interleave(batch // len(thresholds))[
+        :, None
+    ]
+
+
+def default_path(decoder: nn.Module, routing: Routing) -> Path:
+    """Masked where a gradient can be wanted: grad is on, and the model trains or a router can be trained."""
+    if not torch.is_grad_enabled():
+        return "skipping"
+    layers = decoder_layers(decoder)
+    trainable = decoder.training or any(
+        p.requires_grad
+        for unit in routing.units
+        for p in getattr(layers[unit.layer_idx], ROUTER_CHILD).parameters()
+    )
+    return "masked" if trainable else "skipping"

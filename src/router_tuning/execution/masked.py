@@ -1,0 +1,81 @@
+"""The differentiable path: every attention is computed, and what was skipped is hidden.
+
+Saves nothing. Used for training, where the gradient must also reach skipped tokens, and as the reference
+that the skipping path is tested against.
+
+Shapes: B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from router_tuning.errors import UnsupportedCallError
+from router_tuning.execution.call import AttentionCall, Decided
+from router_tuning.execution.context import ForwardContext
+from router_tuning.execution.visibility import causal, permanent, recent, sliding_window_of
+from router_tuning.units import Unit
+
+
+def masked_attention(
+    dense_forward: Callable[..., Any],
+    attention: nn.Module,
+    call: AttentionCall,
+    decided: Decided,
+    unit: Unit,
+    context: ForwardContext,
+) -> tuple[Tensor, Tensor]:
+    """The attention's output for every token (B, T, D) and the gate (B, T) that has still to be applied."""
+    keep_BT = decided.keep_BT
+    write_BT = context.real_BT if context.config.kv == "all" else permanent(keep_BT, context)
+    context.note(unit, decided.record(write_BT, context))
+    mask = call.mask
+    # Nothing hidden: the dense call itself, so that fresh routers change no bit.
+    if context.config.kv == "kept" and int(keep_BT.sum()) < context.num_real:
+        mask = _kept_keys_mask(attention, call, keep_BT, context)
+    output = dense_forward(**call.without_cache(mask))[0]
+    assert decided.soft_BT is not None
+    return output, decided.soft_BT
+
+
+def _kept_keys_mask(
+    attention: nn.Module, call: AttentionCall, keep_BT: Tensor, context: ForwardContext
+) -> Tensor:
+    """The attention's own mask without the keys of skipped tokens: (B, 1, T, T), bool or additive."""
+    implementation = attention.config._attn_implementation  # type: ignore[union-attr]
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedCallError(
+            f'kv="kept" hides keys by a mask while training, which attention implementation '
+            f'{implementation!r} does not take; load the model with attn_implementation="sdpa" or "eager"'
+        )
+    column_1T = context.column_T[None]
+    visible = permanent(keep_BT, context)[:, None, :] | recent(
+        column_1T, column_1T, context.config.kv_window
+    )
+    allowed = _as_bool(call.mask)
+    if allowed is None:
+        sliding = sliding_window_of(attention)
+        allowed = causal(column_1T, column_1T, sliding)[:, None]
+    # A skipped query before any kept key would see nothing and give NaN; its own key is harmless, since its
+    # output is gated to zero.
+    diagonal = torch.eye(keep_BT.shape[1], dtype=torch.bool, device=keep_BT.device)
+    mask = allowed & visible[:, None] | diagonal
+    if implementation == "sdpa":
+        return mask
+    lowest = torch.finfo(call.x_BTD.dtype).min
+    return torch.zeros_like(mask, dtype=call.x_BTD.dtype).masked_fill(~mask, lowest)
+
+
+def _as_bool(mask: Any) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise UnsupportedCallError(
+            f"expected a 4-D attention mask from the model, got {type(mask).__name__}; "
+            f'load the model with attn_implementation="sdpa" or "eager"'
+        )
+    return mask if mask.dtype == torch.bool else mask >= 0

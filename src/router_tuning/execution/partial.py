@@ -1,0 +1,54 @@
+"""Run only the upper decoder layers, on states that an earlier forward brought to them.
+
+The lower layers' forwards are replaced on the instances inside a `with` block and put back when it ends,
+whatever happens.
+
+Shapes: B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from router_tuning.units import decoder_layers
+
+
+def entering_states(decoder: nn.Module, ids_BT: Tensor) -> list[Tensor]:
+    """The states (B, T, D) that enter each decoder layer in one forward over token ids (B, T)."""
+    states: list[Tensor] = []
+
+    def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        states.append(args[0])
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in decoder_layers(decoder)]
+    try:
+        decoder(input_ids=ids_BT, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states
+
+
+@contextmanager
+def run_from(decoder: nn.Module, first: int, state_BTD: Tensor) -> Iterator[None]:
+    """Inside the block a forward starts at decoder layer `first`, with the given state entering it."""
+    lower = decoder_layers(decoder)[:first]
+
+    def skipped(*args: Any, **kwargs: Any) -> Tensor:
+        return state_BTD
+
+    before = [layer.__dict__.get("forward") for layer in lower]
+    try:
+        for layer in lower:
+            layer.__dict__["forward"] = skipped
+        yield
+    finally:
+        for layer, forward in zip(lower, before, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.__dict__["forward"] = forward

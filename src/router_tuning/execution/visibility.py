@@ -1,0 +1,44 @@
+"""Which key a query may see, in columns (token indices in the cache, pads included). Pure functions.
+
+Shapes: B batch, Q queries, K keys, T tokens of this forward. A column of -1 marks an empty slot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from router_tuning.execution.context import ForwardContext
+
+
+def causal(query_BQ: Tensor, key_BK: Tensor, sliding: int | None) -> Tensor:
+    """Keys that exist, are not later than the query, and lie in the sliding window: (B, Q, K)."""
+    query, key = query_BQ[:, :, None], key_BK[:, None, :]
+    seen = (key >= 0) & (key <= query)
+    return seen if sliding is None else seen & (key > query - sliding)
+
+
+def recent(query_BQ: Tensor, key_BK: Tensor, window: int) -> Tensor:
+    """Keys among the latest `window` columns of the query, itself included: (B, Q, K)."""
+    return query_BQ[:, :, None] - key_BK[:, None, :] < window
+
+
+def sliding_window_of(attention: Any) -> int | None:
+    """How many latest columns an attention sees by the model's own design; None where it sees all.
+
+    Most families keep the number on the attention; others read it from the config, by layer type if there is one.
+    """
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[no-any-return]
+    types = getattr(attention.config, "layer_types", None)
+    if types is not None and types[attention.layer_idx] != "sliding_attention":
+        return None
+    return getattr(attention.config, "sliding_window", None)
+
+
+def permanent(keep_BT: Tensor, context: ForwardContext) -> Tensor:
+    """Tokens of this forward whose keys stay visible: the kept and the sink ones (B, T)."""
+    if not context.config.kv_sink:
+        return keep_BT
+    return keep_BT | (context.real_BT & (context.position_BT < context.config.kv_sink))

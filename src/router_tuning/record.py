@@ -1,0 +1,108 @@
+"""What ran: one ForwardRecord a forward, collected in a Trace. Numbers are worked out when asked for.
+
+Shapes: B batch, T tokens of one forward, C columns (tokens, pads included, of all forwards).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class UnitRecord:
+    """What one unit did in one forward."""
+
+    keep_BT: Tensor
+    """True where the unit ran. Never at padding."""
+    write_BT: Tensor
+    """True where a key and a value were computed (attention)."""
+    logits_BT: Tensor | None = None
+    """The deciding logits, fp32; None where something else than a router decided."""
+    threshold_B1: Tensor | None = None
+    always_BT: Tensor | None = None
+    """True where the unit runs whatever the logit (the prefix of sequence granularities); None for nowhere."""
+    soft_BT: Tensor | None = None
+    """In the differentiable path: the 0/1 gate with its straight-through gradient."""
+
+
+@dataclass
+class ForwardRecord:
+    """What one forward ran."""
+
+    start: int
+    """Column of the first token: the number of tokens seen before."""
+    real_BT: Tensor
+    """False at padding."""
+    kept_keys_only: bool
+    """Whether skipped tokens are invisible as keys (kv="kept")."""
+    units: dict[str, UnitRecord] = field(default_factory=dict)
+
+
+@dataclass
+class Trace:
+    """The forwards of a `with record(model)` block, and what they amount to."""
+
+    num_units: int
+    """Units of the routed kinds in the whole model, routed or not."""
+    unit_names: tuple[str, ...]
+    """The routed units."""
+    forwards: list[ForwardRecord] = field(default_factory=list)
+
+    def decisions(self) -> dict[str, Tensor]:
+        """The decisions of consecutive forwards over one batch: unit name -> bool (B, C). Can be replayed."""
+        return {n: self._columns(lambda f, n=n: f.units[n].keep_BT) for n in self.unit_names}
+
+    def logits(self) -> dict[str, Tensor]:
+        """The deciding logits, over columns: unit name -> fp32 (B, C)."""
+        return {n: self._columns(lambda f, n=n: f.units[n].logits_BT) for n in self.unit_names}
+
+    def real(self) -> Tensor:
+        """False at padding: (B, C)."""
+        return self._columns(lambda f: f.real_BT)
+
+    def kept_fraction(self) -> float:
+        """Executions over all units of the routed kinds and all real tokens; unrouted units count as kept."""
+        routed = len(self.unit_names)
+        kept = sum(self.kept_per_unit().values()) + (self.num_units - routed)
+        return kept / self.num_units
+
+    def kept_of_routed(self) -> float:
+        """Executions over the routed units only."""
+        per_unit = self.kept_per_unit()
+        return sum(per_unit.values()) / len(per_unit)
+
+    def kept_per_unit(self) -> dict[str, float]:
+        """Fraction of real tokens for which each routed unit ran."""
+        real = sum(int(f.real_BT.sum()) for f in self.forwards)
+        return {
+            name: sum(int(f.units[name].keep_BT.sum()) for f in self.forwards) / max(real, 1)
+            for name in self.unit_names
+        }
+
+    def _columns(self, pick: Callable[[ForwardRecord], Tensor | None]) -> Tensor:
+        end = max(f.start + f.real_BT.shape[1] for f in self.forwards)
+        first = pick(self.forwards[0])
+        assert first is not None, "nothing of the kind was recorded"
+        out_BC = first.new_zeros((first.shape[0], end))
+        for forward in self.forwards:
+            part_BT = pick(forward)
+            assert part_BT is not None, "nothing of the kind was recorded"
+            out_BC[:, forward.start : forward.start + part_BT.shape[1]] = part_BT
+        return out_BC.detach()
+
+
+def same_decisions(a: Trace, b: Trace, delta: float) -> tuple[bool, int]:
+    """Whether two traces decide alike except where a logit lies within `delta` of its threshold.
+
+    Returns (no difference beyond delta, number of threshold flips within delta).
+    """
+    flips, ok = 0, True
+    for name, keep_a in a.decisions().items():
+        differ = keep_a != b.decisions()[name]
+        margin = (a.logits()[name] - a.forwards[0].units[name].threshold_B1).abs()  # type: ignore[operator]
+        flips += int((differ & (margin < delta)).sum())
+        ok = ok and not bool((differ & (margin >= delta)).any())
+    return ok, flips

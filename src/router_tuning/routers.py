@@ -1,0 +1,82 @@
+"""Routers: from a unit's normed input to one logit a token. They know nothing of thresholds.
+
+Fresh routers give the same positive logit everywhere, so a freshly attached model keeps everything.
+All of them compute in fp32, whatever the model's dtype: updates near the threshold vanish in bf16.
+
+Shapes: B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from router_tuning.config import RoutingConfig
+
+Router = nn.Module
+
+
+class LinearRouter(nn.Module):
+    """Scores each token with one linear map (Router-Tuning, He et al. 2025, eq. 5, with a bias): (B, T, D) -> (B, T)."""
+
+    def __init__(self, hidden_size: int, init_bias: float) -> None:
+        super().__init__()
+        self.score = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(self.score.weight)
+        nn.init.constant_(self.score.bias, init_bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return _in_fp32(self.score, x_BTD)
+
+
+class BottleneckRouter(nn.Module):
+    """Scores each token with a small SiLU network: (B, T, D) -> (B, T)."""
+
+    def __init__(self, hidden_size: int, width: int, init_bias: float) -> None:
+        super().__init__()
+        self.score = nn.Sequential(
+            nn.Linear(hidden_size, width, dtype=torch.float32),
+            nn.SiLU(),
+            nn.Linear(width, 1, dtype=torch.float32),
+        )
+        last = self.score[2]
+        nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+        nn.init.constant_(last.bias, init_bias)  # type: ignore[arg-type]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return _in_fp32(self.score, x_BTD)
+
+
+class BiasRouter(nn.Module):
+    """One learned logit for every token: learned static dropping, the control for token routing."""
+
+    def __init__(self, init_bias: float) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((1,), init_bias, dtype=torch.float32))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.bias.float().expand(x_BTD.shape[:-1])
+
+
+def _in_fp32(score: nn.Module, x_BTD: Tensor) -> Tensor:
+    # Autocast would take the fp32 product back to bf16.
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        return score(x_BTD.float()).squeeze(-1)
+
+
+_BUILDERS: dict[str, Callable[[RoutingConfig, int], Router]] = {
+    "linear": lambda config, hidden: LinearRouter(hidden, config.init_bias),
+    "bottleneck": lambda config, hidden: BottleneckRouter(
+        hidden, config.router_hidden, config.init_bias
+    ),
+    "bias": lambda config, hidden: BiasRouter(config.init_bias),
+}
+
+
+def make_router(
+    config: RoutingConfig, hidden_size: int, device: torch.device | str | None = None
+) -> Router:
+    """A fresh router of the config's kind, which keeps everything."""
+    return _BUILDERS[config.router](config, hidden_size).to(device)

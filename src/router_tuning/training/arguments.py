@@ -1,0 +1,135 @@
+"""What `RouterTrainer` can be told, over `transformers.TrainingArguments`. Belongs to one act; an adapter does not save it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from router_tuning.config import check_budget
+from router_tuning.errors import ConfigError
+
+OBJECTIVES = ("distill", "lm")
+
+
+@dataclass
+class RouterTrainingArguments(TrainingArguments):
+    """Arguments of a router training. Defaults that differ from transformers' are listed here, with why."""
+
+    objective: str = field(
+        default="distill",
+        metadata={
+            "help": '"distill": stay close to the same model with routers off (KL, needs no labels); '
+            '"lm": predict the labels of the data.'
+        },
+    )
+    budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Kept fraction to train for, in (0, 1]. None takes the budget of the adapter's config."
+        },
+    )
+    budget_weight: float = field(
+        default=20.0,
+        metadata={"help": "Weight of (kept - target)^2 beside the task's loss (>= 0)."},
+    )
+    budget_momentum: float = field(
+        default=0.5,
+        metadata={
+            "help": "How much of the running mean of the kept fraction an optimizer step leaves, in [0, 1). "
+            "0 uses the kept fraction of each micro-batch alone."
+        },
+    )
+    anneal_fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "Over this fraction of the steps the target goes from 1 to the budget, in [0, 1]."
+        },
+    )
+    distill_positions: float = field(
+        default=1.0,
+        metadata={
+            "help": "Fraction of the real positions whose KL is computed in training, in (0, 1]. Fewer is faster."
+        },
+    )
+    learning_rate: float = field(
+        default=1e-2,
+        metadata={"help": "Learning rate of the routers' weights: few parameters, few steps."},
+    )
+    bias_learning_rate: float = field(
+        default=1e-1,
+        metadata={
+            "help": "Learning rate of the routers' scalar biases, which set how much is kept."
+        },
+    )
+    cooldown_fraction: float = field(
+        default=0.25,
+        metadata={
+            "help": "With lr_scheduler_type warmup_stable_decay: the learning rate goes to 0 over this last "
+            "fraction of the steps, in [0, 1]."
+        },
+    )
+    lr_scheduler_type: str = field(  # constant while the target moves, then down
+        default="warmup_stable_decay", metadata={"help": "Any scheduler of transformers."}
+    )
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Largest norm of the gradient; 0 does not clip."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    save_steps: float = field(  # a checkpoint is a few hundred kB
+        default=50, metadata={"help": "Save every so many steps."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Number of checkpoints to keep."}
+    )
+    remove_unused_columns: bool = field(  # a PeftModel's forward names no columns to go by
+        default=False, metadata={"help": "Drop the columns that the model's forward does not name."}
+    )
+    prediction_loss_only: bool = field(  # evaluation never makes all logits
+        default=True, metadata={"help": "Evaluate the loss only."}
+    )
+    ddp_find_unused_parameters: bool | None = (
+        field(  # every router takes part in every training step
+            default=False, metadata={"help": "Let DDP look for parameters without a gradient."}
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if self.lr_scheduler_type == "warmup_stable_decay" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"decay_type": "linear"}
+        super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(
+                f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
+            )
+        if self.budget is not None:
+            self.budget = check_budget(self.budget)
+        for name, ok, wanted in (
+            ("budget_weight", self.budget_weight >= 0, "at least 0"),
+            ("budget_momentum", 0 <= self.budget_momentum < 1, "in [0, 1)"),
+            ("anneal_fraction", 0 <= self.anneal_fraction <= 1, "in [0, 1]"),
+            ("distill_positions", 0 < self.distill_positions <= 1, "in (0, 1]"),
+            ("bias_learning_rate", self.bias_learning_rate > 0, "above 0"),
+            ("cooldown_fraction", 0 <= self.cooldown_fraction <= 1, "in [0, 1]"),
+        ):
+            if not ok:
+                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ConfigError(REENTRANT)
+
+    def scheduler_kwargs(self, steps: int) -> dict[str, Any]:
+        """The scheduler's own arguments for a training of so many steps."""
+        kwargs: dict[str, Any] = dict(self.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
+        if self.lr_scheduler_type == "warmup_stable_decay":
+            kwargs.setdefault("num_decay_steps", round(self.cooldown_fraction * steps))
+        return kwargs
+
+
+REENTRANT = (
+    "reentrant activation checkpointing throws away the graph that the budget's gradient needs, so the routers "
+    'would not learn it; use activation_checkpointing_kwargs={"use_reentrant": False}, which is the default'
+)

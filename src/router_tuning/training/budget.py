@@ -1,0 +1,79 @@
+"""The budget term of the training loss: weight * (kept - target)^2, two-sided, one target for all units.
+
+The square's coefficient comes from a running mean over micro-batches and ranks, because the square of one noisy
+mean would also pay for its noise; the gradient comes from the kept fraction of the micro-batch at hand.
+Knows nothing of models, only of records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from router_tuning.record import ForwardRecord
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of the routed kinds one forward ran."""
+
+    executions: Tensor
+    """Executions of units, over real tokens; unrouted units count. With gradient in the differentiable path."""
+    possible: Tensor
+    """The same number if everything had run."""
+
+    @property
+    def fraction(self) -> Tensor:
+        """The kept fraction."""
+        return self.executions / self.possible.clamp(min=1)
+
+
+def count_kept(forward: ForwardRecord, num_units: int) -> Kept:
+    """Count a forward's executions over all `num_units` units of the routed kinds and all real tokens."""
+    real_BT = forward.real_BT
+    real = real_BT.sum().float()
+    executions = (num_units - len(forward.units)) * real
+    for unit in forward.units.values():
+        gate_BT = unit.keep_BT if unit.soft_BT is None else unit.soft_BT
+        executions = executions + (gate_BT.float() * real_BT).sum()
+    return Kept(executions, num_units * real)
+
+
+@dataclass
+class RunningKept:
+    """Kept fraction over the latest micro-batches, weighted by their tokens; saved with a checkpoint."""
+
+    executions: float = 0.0
+    possible: float = 0.0
+
+    def add(self, executions: float, possible: float, momentum: float) -> float:
+        """Take in one micro-batch and return the mean. Both sums fade alike, so the first mean is unbiased."""
+        self.executions = momentum * self.executions + executions
+        self.possible = momentum * self.possible + possible
+        return self.executions / max(self.possible, 1e-12)
+
+
+def target_at(step: int, steps: int, budget: float, anneal_fraction: float) -> float:
+    """The target of a step (from 0): linearly from 1 to the budget over the first `anneal_fraction` of the steps."""
+    anneal_steps = anneal_fraction * steps
+    progress = 1.0 if anneal_steps <= 0 else min(step / anneal_steps, 1.0)
+    return 1.0 - (1.0 - budget) * progress
+
+
+def budget_term(kept: Tensor, running: float, target: float, weight: float) -> Tensor:
+    """The value weight * (running - target)^2, with the gradient that it would have if kept were running."""
+    slope = 2 * weight * (running - target)
+    return slope * (kept - kept.detach()) + weight * (running - target) ** 2
+
+
+def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
+    """The sums over all ranks; the values themselves where nothing is distributed."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    summed: list[float] = total.tolist()
+    return summed

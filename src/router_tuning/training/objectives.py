@@ -1,0 +1,126 @@
+"""Losses from last hidden states, a chunk of positions at a time.
+
+Two thousand positions of a 262k vocabulary are 2 GB of fp32 logits, and a softmax needs several such tensors.
+Here the logits of a chunk live only while its loss, and the gradient to its hidden states, are worked out: the
+output embedding is frozen, so the backward pass needs nothing else. Knows nothing of routers or budgets.
+
+Shapes: B batch, T tokens, N chosen positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from router_tuning.errors import TrainingError, UnsupportedModelError
+from router_tuning.units import decoder_of, unwrap
+
+Head = Callable[[Tensor], Tensor]
+"""Last hidden states (N, D) -> logits (N, V)."""
+
+CHUNK_BYTES = 64 * 2**20
+"""Most bytes that the fp32 logits of a chunk take. Larger chunks were no faster on a CPU."""
+
+IGNORED = -100
+"""The label of a position without a loss, as everywhere in transformers."""
+
+
+def head_of(model: nn.Module) -> Head:
+    """What a causal LM does from its last hidden state to its logits: output embedding and soft cap.
+
+    Raises:
+        UnsupportedModelError: the model has no output embedding.
+        TrainingError: the output embedding trains, but gradients reach the hidden states only.
+    """
+    causal = unwrap(model)
+    embedding = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    if not isinstance(embedding, nn.Module):
+        raise UnsupportedModelError(
+            f"training needs a causal language model with an output embedding, got {type(causal).__name__}; "
+            f"load it with AutoModelForCausalLM"
+        )
+    if any(p.requires_grad for p in embedding.parameters()):
+        raise TrainingError(
+            "the output embedding has trainable parameters, but only routers are trained; freeze the base model "
+            "(get_peft_model does) or call model.requires_grad_(False) before attaching the routers"
+        )
+    cap: float | None = getattr(decoder_of(model).config, "final_logit_softcapping", None)
+    if not cap:
+        return embedding
+    return lambda hidden_ND: torch.tanh(embedding(hidden_ND) / cap) * cap
+
+
+def distill_loss(
+    student_ND: Tensor, teacher_ND: Tensor, head: Head, *, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """Mean KL(teacher || student) over the positions, in nats, with gradient to the student's hidden states."""
+
+    def kl(hidden_nD: Tensor, start: int) -> Tensor:
+        with torch.no_grad():
+            teacher_nV = head(teacher_ND[start : start + len(hidden_nD)]).float().log_softmax(-1)
+        student_nV = head(hidden_nD).float().log_softmax(-1)
+        return F.kl_div(student_nV, teacher_nV, reduction="sum", log_target=True)
+
+    return _sum_over_chunks(student_ND, kl, head, chunk_bytes) / max(len(student_ND), 1)
+
+
+def lm_loss(
+    hidden_ND: Tensor, target_N: Tensor, head: Head, *, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """Sum of the cross entropies to the target tokens, in nats, with gradient to the hidden states."""
+
+    def cross_entropy(hidden_nD: Tensor, start: int) -> Tensor:
+        logits_nV = head(hidden_nD).float()
+        return F.cross_entropy(logits_nV, target_N[start : start + len(hidden_nD)], reduction="sum")
+
+    return _sum_over_chunks(hidden_ND, cross_entropy, head, chunk_bytes)
+
+
+def shifted_targets(hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states that predict a labelled token, and those tokens: (N, D), (N,)."""
+    predicts_BT = labels_BT[:, 1:] != IGNORED
+    return hidden_BTD[:, :-1][predicts_BT], labels_BT[:, 1:][predicts_BT]
+
+
+ChunkLoss = Callable[[Tensor, int], Tensor]
+"""(hidden states of a chunk, its first position) -> the sum of its losses."""
+
+
+def _sum_over_chunks(
+    hidden_ND: Tensor, chunk_loss: ChunkLoss, head: Head, chunk_bytes: int
+) -> Tensor:
+    if not len(hidden_ND):
+        return hidden_ND.float().sum()  # 0, and still part of the graph
+    with torch.no_grad():
+        vocabulary = head(hidden_ND[:1]).shape[-1]
+    rows = max(chunk_bytes // (4 * vocabulary), 1)
+    total: Tensor = _ChunkedSum.apply(hidden_ND, chunk_loss, rows)
+    return total
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """Works out the gradient along with the loss, while a chunk's logits are there; backward only scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, chunk_loss: ChunkLoss, rows: int) -> Tensor:
+        wants_grad = ctx.needs_input_grad[0]
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        grad_ND = torch.empty_like(hidden_ND) if wants_grad else None
+        for start in range(0, len(hidden_ND), rows):
+            part_nD = hidden_ND[start : start + rows].detach()
+            with torch.set_grad_enabled(wants_grad):
+                loss = chunk_loss(part_nD.requires_grad_(wants_grad), start)
+            total += loss.detach()
+            if grad_ND is not None:
+                (grad_ND[start : start + rows],) = torch.autograd.grad(loss, part_nD)
+        ctx.grad_ND = grad_ND
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        # The gradient of the sum is of order one, so a bf16 copy of it loses nothing to underflow.
+        return ctx.grad_ND * grad_outputs[0], None, None

@@ -1,0 +1,530 @@
+"""A `transformers.Trainer` that trains routers: loss = task + weight * (kept - target)^2.
+
+`RouterTrainerMixin` adds the budget to any Trainer's `compute_loss`; `RouterTrainer` is the mixin over the plain
+Trainer. The base model stays frozen, so a checkpoint holds the routers, the optimizer and the running mean of
+the budget, and a resumed run gives the losses of an uninterrupted one. Ctrl-C, and a loss or gradient that is
+not finite, leave a checkpoint of the last good step behind.
+
+Shapes: B batch, T tokens, N chosen positions, D hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections import defaultdict
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from router_tuning.config import check_budget
+from router_tuning.errors import ConfigError, TrainingError
+from router_tuning.execution.context import ROUTER_CHILD, dense, record, routing_of
+from router_tuning.training.arguments import REENTRANT, RouterTrainingArguments
+from router_tuning.training.budget import (
+    Kept,
+    RunningKept,
+    all_reduce_sum,
+    budget_term,
+    count_kept,
+    target_at,
+)
+from router_tuning.training.objectives import Head, distill_loss, head_of, lm_loss, shifted_targets
+from router_tuning.training.safety import (
+    StopRequest,
+    check_writable,
+    last_complete_checkpoint,
+    stop_on_interrupt,
+)
+from router_tuning.training.shared_prefix import Prefix, capture_prefix, reuse_prefix
+from router_tuning.units import decoder_layers, decoder_of
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+__all__ = ["RouterTrainer", "RouterTrainerMixin", "RouterTrainingArguments"]
+
+STATE_FILE = "router_trainer_state.json"
+"""The running mean of the kept fraction, beside transformers' own files in a checkpoint."""
+
+
+class RouterTrainerMixin(_Trainer):
+    """Adds the budget term to a Trainer's loss, and looks after the routers' checkpoints."""
+
+    args: RouterTrainingArguments
+
+    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
+        args = RouterTrainingArguments() if args is None else args
+        _check_arguments(args)
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(model, args, **kwargs)
+        _check_model(self.model, args)
+        self._use_cache = use_cache
+        routing = routing_of(self.model)
+        self.budget = check_budget(routing.config.budget if args.budget is None else args.budget)
+        if args.objective == "distill":
+            # Its loss is a mean of the micro-batch, not a sum over labels: the Trainer divides it.
+            self.model_accepts_loss_kwargs = False
+        self._running = RunningKept()
+        self._good = RunningKept()  # as it was after the last complete step
+        self._micro_batch = 0
+        self._mid_update = False
+        self._stop = StopRequest()
+        self._sums: dict[str, float] = defaultdict(float)
+        self._evaluated = [0.0, 0.0]
+        self._head: Head | None = None
+        self.add_callback(_StepWatch(self))
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss, plus the budget term where gradients are wanted."""
+        with record(self.model) as trace:
+            task, outputs = self.task_loss(model, inputs, num_items_in_batch)
+        if not trace.forwards:
+            raise TrainingError(
+                "the routers are switched off (disable_adapter?), so there is nothing to train"
+            )
+        kept = count_kept(trace.forwards[-1], trace.num_units)
+        if torch.is_grad_enabled():
+            # A loss over all tokens of the optimizer step is not divided by the Trainer; a mean is.
+            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = task + self._budget_loss(task * parts, kept) / parts
+        else:
+            self._evaluated = [
+                self._evaluated[0] + kept.executions.item(),
+                self._evaluated[1] + kept.possible.item(),
+            ]
+            loss = task
+        return (loss, outputs) if return_outputs else loss
+
+    def task_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
+        """The objective without the budget, and the model's outputs. The routed forward must be the last one."""
+        if self.args.objective == "distill":
+            return self._distill(model, inputs)
+        return super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+
+    def _distill(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        teacher_BTD, prefix = self._teacher(inputs)
+        with reuse_prefix(prefix):
+            student_BTD, outputs = self._hidden(model, inputs)
+        chosen_BT = self._choose(_real(inputs, student_BTD))
+        loss = distill_loss(
+            student_BTD[chosen_BT], teacher_BTD[chosen_BT], self._logits_of(student_BTD, outputs)
+        )
+        return loss, outputs
+
+    def _teacher(self, inputs: dict[str, Any]) -> tuple[Tensor, Prefix]:
+        """The dense model's last hidden states, without dropout, and what its lower layers computed."""
+        training = self.model.training
+        with torch.no_grad(), dense(self.model), capture_prefix(self.model) as prefix:
+            self.model.eval()
+            try:
+                hidden_BTD, _ = self._hidden(self.model, inputs)
+            finally:
+                self.model.train(training)
+        return hidden_BTD, prefix
+
+    def _hidden(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Last hidden states, and outputs with the logits of the last column only."""
+        found: list[Tensor] = []
+        # Called through `model`, which may be wrapped for several devices, and caught at the decoder.
+        handle = decoder_of(self.model).register_forward_hook(
+            lambda module, args, output: found.append(output[0])
+        )
+        try:
+            outputs = model(**inputs, logits_to_keep=1, use_cache=False)
+        finally:
+            handle.remove()
+        return found[0], outputs
+
+    def _logits_of(self, hidden_BTD: Tensor, outputs: Any) -> Head:
+        """The model's head, compared once with the model's own logits."""
+        head = head_of(self.model)
+        if self._head is None:
+            with torch.no_grad():
+                _check_head(
+                    head(hidden_BTD[:, -1]).float(), outputs.logits[:, -1].float(), self.model
+                )
+            self._head = head
+        return head
+
+    def _choose(self, real_BT: Tensor) -> Tensor:
+        """The positions whose KL is computed: all real ones, or a part of them that the seed and the step fix."""
+        if self.args.distill_positions == 1.0 or not torch.is_grad_enabled():
+            return real_BT
+        key = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
+        generator = torch.Generator().manual_seed(
+            hash(key) % 2**63
+        )  # integers hash alike in every process
+        flat_N = real_BT.flatten().nonzero()[:, 0]
+        number = max(round(self.args.distill_positions * len(flat_N)), 1)
+        picked = torch.randperm(len(flat_N), generator=generator)[:number].to(flat_N.device)
+        chosen_N = torch.zeros(real_BT.numel(), dtype=torch.bool, device=real_BT.device)
+        chosen_N[flat_N[picked]] = True
+        return chosen_N.view_as(real_BT)
+
+    def _budget_loss(self, task: Tensor, kept: Kept) -> Tensor:
+        args = self.args
+        mine: list[float] = torch.stack(
+            [kept.executions.detach(), kept.possible, task.detach().float()]
+        ).tolist()
+        bad = float(not math.isfinite(mine[2]))
+        executions, possible, bad = all_reduce_sum([*mine[:2], bad], task.device)
+        if bad:
+            self.stop_unstable(f"the loss became {mine[2]} (kept {executions / possible:.3f})")
+        target = target_at(
+            self.state.global_step, self.state.max_steps, self.budget, args.anneal_fraction
+        )
+        # The momentum is one of optimizer steps, however many micro-batches they have.
+        momentum = args.budget_momentum ** (1 / args.gradient_accumulation_steps)
+        running = self._running.add(executions, possible, momentum)
+        loss = budget_term(kept.fraction, running, target, args.budget_weight)
+        self._micro_batch += 1
+        for name, value in (
+            ("task_loss", mine[2]),
+            ("budget_loss", float(loss)),
+            ("kept", executions / possible),
+            ("target", target),
+            ("number", 1.0),
+        ):
+            self._sums[name] += value
+        return loss
+
+    # ---- optimizer, evaluation, logs ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments, with a learning rate of its own for the routers' scalar biases."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            biases = [p for name, p in trained if name.endswith("bias") and p.numel() == 1]
+            weights = [p for _, p in trained if all(p is not bias for bias in biases)]
+            args = self.args
+            groups = [
+                {"params": weights, "lr": args.learning_rate, "weight_decay": args.weight_decay},
+                {"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0},
+            ]
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer = optimizer_class(
+                [group for group in groups if group["params"]], **kwargs
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The scheduler of the arguments; the default stays constant and then cools down."""
+        given = self.args.lr_scheduler_kwargs
+        self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.lr_scheduler_kwargs = given
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The objective on held-out data, also where it has no labels; without the budget term."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The Trainer's, with the kept fraction among the metrics."""
+        self._evaluated = [0.0, 0.0]
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        executions, possible = all_reduce_sum(self._evaluated, self.args.device)
+        if possible:
+            output.metrics[f"{metric_key_prefix}_kept"] = executions / possible
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with task loss, budget loss, kept fraction and target as means since the last log."""
+        number = self._sums.pop("number", 0.0)
+        if "loss" in logs and number:
+            logs.update({name: value / number for name, value in self._sums.items()})
+            self._sums.clear()
+        elif number:
+            self._sums["number"] = number
+        super().log(logs, *args, **kwargs)
+
+    # ---- checkpoints ----
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train; `resume_from_checkpoint=True` continues from the last complete checkpoint.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, nothing to resume from, or a checkpoint cannot be written.
+            KeyboardInterrupt: Ctrl-C, after a checkpoint of the last complete step was saved.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        self._running = _read_state(checkpoint)
+        self._good = replace(self._running)
+        self._micro_batch, self._mid_update = 0, False
+        self._sums.clear()
+        config = routing_of(self.model).config
+        # Moved routers have no calibrated thresholds; training decides at the routers' own.
+        config.calibration, config.default_budget = [], None
+        try:
+            with stop_on_interrupt(self._stop):
+                output = super().train(checkpoint, *args, **kwargs)
+                self.stop_if_asked()
+            return output
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"training stopped; {self._keep_last_good()}") from None
+        finally:
+            if self._use_cache is not None:  # the Trainer switches it off
+                self.model.config.use_cache = self._use_cache
+
+    def stop_if_asked(self) -> None:
+        """Turn a Ctrl-C that was pressed during the last step into the exception."""
+        if self._stop.asked:
+            raise KeyboardInterrupt
+
+    def stop_unstable(self, what: str) -> NoReturn:
+        """Save the last good step, then say what went wrong and what to try."""
+        args = self.args
+        saved = self._keep_last_good()
+        raise TrainingError(
+            f"{what} in step {self.state.global_step + 1}; {saved}. Try a lower learning_rate (now "
+            f"{args.learning_rate:g}) and bias_learning_rate (now {args.bias_learning_rate:g}), "
+            f"{'float32 instead of half precision, ' if args.bf16 or args.fp16 else ''}or look for broken rows in the data"
+        )
+
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
+        if asked is None or asked is False:
+            return None
+        found = (
+            last_complete_checkpoint(self.args.output_dir) if asked is True else Path(str(asked))
+        )
+        if found is None or not found.is_dir():
+            raise TrainingError(
+                f"no complete checkpoint to resume from in {self.args.output_dir if asked is True else asked}; "
+                f"train without resume_from_checkpoint to start anew"
+            )
+        return str(found)
+
+    def _keep_last_good(self) -> str:
+        """Make sure that the last complete step is saved; a sentence that says where."""
+        step = self.state.global_step
+        if step == 0:
+            return "no step was completed, so nothing was saved"
+        if self._mid_update:
+            return "the step was cut short while it changed the routers, so the last checkpoint on disk is the last good one"
+        if not isinstance(self.model, PeftModel):
+            return "nothing was saved, since the model is not a PEFT model"
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if last_complete_checkpoint(self.args.output_dir) != folder:
+            self._running = replace(self._good)
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        return f"step {step} is saved in {folder}, resume_from_checkpoint=True continues from there"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        existed = folder.exists()
+        try:
+            if self.args.should_save:
+                # Before transformers' own files: a checkpoint that has its last file then has this one too.
+                _write_state(folder, self._running)
+            super()._save_checkpoint(model, trial)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # a full disk shows as any of these
+            if not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise TrainingError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {folder}: {error}; free space "
+                f"there or make it writable, then train(resume_from_checkpoint=True) continues from the last "
+                f"checkpoint that was written"
+            ) from error
+
+
+class RouterTrainer(RouterTrainerMixin, Trainer):
+    """Trains the routers of a PEFT model, or (with save_strategy="no") of a model with attached routers.
+
+    >>> model = get_peft_model(model, RouterTuningConfig(granularity="attn_token", budget=0.8))
+    >>> args = RouterTrainingArguments(output_dir="out", max_steps=120)
+    >>> RouterTrainer(model, args, train_dataset=[{"input_ids": ids} for ids in windows]).train()
+    """
+
+    def task_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
+        """As the mixin's, but cross entropy never makes the logits of all positions at once."""
+        if (
+            self.args.objective == "distill"
+            or self.label_smoother is not None
+            or self.compute_loss_func is not None
+        ):
+            return super().task_loss(model, inputs, num_items_in_batch)
+        if "labels" not in inputs:
+            raise TrainingError(
+                f'objective "lm" needs labels, but the batch has only {", ".join(inputs)}; add labels '
+                f'(-100 where there is no loss), or use objective "distill", which needs none'
+            )
+        inputs = dict(inputs)
+        labels_BT = inputs.pop("labels")
+        hidden_BTD, outputs = self._hidden(model, inputs)
+        hidden_ND, target_N = shifted_targets(hidden_BTD, labels_BT)
+        loss = lm_loss(hidden_ND, target_N, self._logits_of(hidden_BTD, outputs))
+        if num_items_in_batch is None:
+            return loss / max(len(target_N), 1), outputs
+        # Counted over all ranks; data parallelism then takes the mean of the ranks' gradients.
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss * ranks / num_items_in_batch, outputs
+
+
+class _StepWatch(TrainerCallback):
+    """Tells the trainer where in a step it is."""
+
+    def __init__(self, trainer: RouterTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        _check_checkpointing(self.trainer.model)
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.stop_if_asked()
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.stop_if_asked()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.stop_if_asked()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        # In fp16 the gradient scaler skips steps that overflow; that is how it finds its scale.
+        if trainer.accelerator.scaler is None and not _finite_gradients(trainer.model):
+            trainer.stop_unstable("a gradient is not finite")
+        trainer._mid_update = True
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer._mid_update = False
+        trainer._micro_batch = 0
+        trainer._good = replace(trainer._running)
+
+
+def _finite_gradients(model: nn.Module) -> bool:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not gradients:
+        return True
+    return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+
+
+def _real(inputs: dict[str, Any], hidden_BTD: Tensor) -> Tensor:
+    """False at padding: (B, T)."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return torch.ones(hidden_BTD.shape[:2], dtype=torch.bool, device=hidden_BTD.device)
+    return mask.to(device=hidden_BTD.device, dtype=torch.bool)
+
+
+def _check_arguments(args: Any) -> None:
+    if not isinstance(args, RouterTrainingArguments):
+        raise ConfigError(f"args must be RouterTrainingArguments, got {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise ConfigError(
+            "several GPUs in one process (nn.DataParallel) are not supported; start one process a GPU with "
+            "`torchrun --nproc-per-node`, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.should_save:
+        check_writable(args.output_dir)
+
+
+def _check_model(model: nn.Module, args: RouterTrainingArguments) -> None:
+    routing_of(model)
+    if not isinstance(model, PeftModel) and args.save_strategy != "no":
+        raise ConfigError(
+            "a checkpoint of a model with attached routers would hold the whole base model; use "
+            'get_peft_model(model, RouterTuningConfig(...)), or save_strategy="no"'
+        )
+    layers = decoder_layers(decoder_of(model))
+    children = [getattr(layers[unit.layer_idx], ROUTER_CHILD) for unit in routing_of(model).units]
+    routers = {p for child in children for p in child.parameters()}
+    trained = {p for p in model.parameters() if p.requires_grad}
+    if not trained:
+        raise ConfigError("no parameter trains; load the adapter with is_trainable=True")
+    if trained - routers:
+        raise ConfigError(
+            f"{len(trained - routers)} tensors of the base model would train; freeze it with "
+            f"model.requires_grad_(False) before attaching the routers (get_peft_model does)"
+        )
+
+
+def _check_checkpointing(model: nn.Module) -> None:
+    for layer in decoder_layers(decoder_of(model)):
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if getattr(layer, "gradient_checkpointing", False) and getattr(
+            function, "keywords", {}
+        ).get("use_reentrant"):
+            raise ConfigError(REENTRANT)
+
+
+def _check_head(ours_BV: Tensor, models_BV: Tensor, model: nn.Module) -> None:
+    scale = models_BV.abs().max().clamp(min=1e-6)
+    if models_BV.isfinite().all() and ((ours_BV - models_BV).abs().max() / scale) > 0.05:
+        raise TrainingError(
+            f"{type(model).__name__} does more from its last hidden state to its logits than an output embedding "
+            f"and a soft cap, so its loss cannot be computed in chunks; use another model, or report it"
+        )
+
+
+def _write_state(folder: Path, running: RunningKept) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / (STATE_FILE + ".tmp")
+    temporary.write_text(json.dumps({"running_kept": asdict(running)}))
+    os.replace(temporary, folder / STATE_FILE)
+
+
+def _read_state(checkpoint: str | None) -> RunningKept:
+    if checkpoint is None:
+        return RunningKept()
+    path = Path(checkpoint) / STATE_FILE
+    try:
+        return RunningKept(**json.loads(path.read_text())["running_kept"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{path} cannot be read ({error}); it was not written by RouterTrainer, or is damaged: resume from an "
+            f"earlier checkpoint"
+        ) from error
