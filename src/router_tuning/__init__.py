@@ -1,22 +1,62 @@
-"""Dynamic depth for frozen Hugging Face models: tiny routers decide, per token or per sequence, what runs."""
+"""Dynamic depth for frozen Hugging Face models: tiny routers decide, per token or sequence, what runs.
+
+Importing the package registers its adapters with PEFT.
+"""
 
 from router_tuning.attach import attach, detach, routing_of, set_budget
+from router_tuning.baselines import RandomMask, StaticDrop
+from router_tuning.calibration import calibrate, calibrate_windows
 from router_tuning.config import RoutingConfig
+from router_tuning.data import Example, Windows, load_examples, make_windows
+from router_tuning.embedded import load_model, load_tokenizer
 from router_tuning.errors import RouterTuningError
+from router_tuning.evaluation.perplexity import evaluate, window_loss
 from router_tuning.execution.context import decided_by, dense, execute, record, replay
+from router_tuning.peft_tuner import (
+    RouterTuningConfig,
+    RouterTuningModel,
+    load_adapter,
+    save_adapter,
+)
+from router_tuning.record import Trace
+from router_tuning.training.trainer import (
+    RouterTrainer,
+    RouterTrainerMixin,
+    RouterTrainingArguments,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Example",
+    "RandomMask",
+    "RouterTrainer",
+    "RouterTrainerMixin",
+    "RouterTrainingArguments",
+    "RouterTuningConfig",
     "RouterTuningError",
+    "RouterTuningModel",
     "RoutingConfig",
+    "StaticDrop",
+    "Trace",
+    "Windows",
     "attach",
+    "calibrate",
+    "calibrate_windows",
     "decided_by",
     "dense",
     "detach",
+    "evaluate",
     "execute",
+    "load_adapter",
+    "load_examples",
+    "load_model",
+    "load_tokenizer",
+    "make_windows",
     "record",
     "replay",
     "routing_of",
+    "save_adapter",
     "set_budget",
+    "window_loss",
 ]

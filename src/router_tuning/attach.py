@@ -149,10 +149,13 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
     if inputs is None:
         return dense_forward(*args, **kwargs)  # raises transformers' own error
     cache = _cache_in(given)
+    position_ids = given.get("position_ids")
     path = options.path or default_path(decoder, routing)
     if path == "masked":
         kwargs = _without_cache(given, kwargs)
         cache = None
+    elif _fills_a_cache(decoder, given):
+        position_ids = None  # transformers tells packed texts apart only where no cache is filled
     context = open_forward(
         decoder,
         routing,
@@ -160,7 +163,7 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
         inputs,
         given.get("attention_mask"),
         cache,
-        given.get("position_ids"),
+        position_ids,
         _thresholds(routing.config, budget),
         path,
     )
@@ -175,6 +178,14 @@ def _cache_in(given: dict[str, Any]) -> Any:
     """The cache among a call's arguments: `cache` since transformers 5.24, `past_key_values` before."""
     cache = given.get("cache")
     return given.get("past_key_values") if cache is None else cache
+
+
+def _fills_a_cache(decoder: nn.Module, given: dict[str, Any]) -> bool:
+    """Whether a forward writes keys into a cache, its own or a new one."""
+    use_cache = given.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(decoder.config, "use_cache", False)
+    return _cache_in(given) is not None or bool(use_cache)
 
 
 def _without_cache(given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:

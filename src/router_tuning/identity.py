@@ -1,13 +1,14 @@
 """Which base model an adapter belongs to: its name, its shape, and a fingerprint of its weights.
 
-`identify` describes a model as a small dict for the adapter's config; `check_identity` compares a model with
-such a dict and refuses another one. Reads base weights only: routers, LoRA and other adapters put on the
-model never change its identity. Knows nothing of loading or saving.
+`identify` describes a model as a small dict for the adapter's config; `check_identity` compares a
+model with such a dict and refuses another one. Reads base weights only: routers, LoRA and other
+adapters put on the model never change its identity. Knows nothing of loading or saving.
 
-Two numbers stand for the weights. `fingerprint` is a sha256 over a fixed sample of every tensor, rounded to
-bfloat16: the same weights in float32 and bfloat16 agree. Weights cast to float16 are rounded differently
-(the cast is not undone by a second rounding), so `sample`, one value a tensor, is kept beside it and compared
-within the error of that rounding, and only where one of the two models is in float16.
+Two fields stand for the weights. `fingerprint` is a sha256 over a fixed sample of every tensor,
+rounded to bfloat16: the same weights in float32 and bfloat16 agree. A weight that was cast to
+float16 may round to another bfloat16 than the original (about one in sixteen does), so `sample`,
+one value a tensor, is kept beside it; it is compared, within the error of that rounding, only where
+one of the two models is in float16.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from router_tuning.errors import BaseModelMismatchError
 ALLOW_VARIABLE = "ROUTER_TUNING_ALLOW_CHANGED_WEIGHTS"
 ELEMENTS_PER_TENSOR = 64  # hashed: enough that training a tensor, however little, shows
 SAMPLED_TENSORS = 256  # in `sample`, one value each: 700 characters of the adapter's config
-STRIDE = 1_000_003  # a prime: walks over rows and columns alike, whatever the tensor's shape
+STRIDE = 1_000_003  # a prime: walks over rows and columns alike, whatever the shape
 FLOAT16_TOLERANCE = 2.0**-7  # of the value: between half and one step of bfloat16
 FLOAT16_SMALLEST = 2.0**-24  # float16 keeps no finer steps than this
 
@@ -36,9 +37,9 @@ FLOAT16_SMALLEST = 2.0**-24  # float16 keeps no finer steps than this
 def identify(model: nn.Module, name: str | None = None) -> dict[str, Any]:
     """Describe the base model as plain JSON values.
 
-    `name` is a hub id, a folder or an alias; None takes the model's own `name_or_path`. `fingerprint` and
-    `sample` are None where the weights cannot be compared (quantised, not in memory, sharded), and `note`
-    says which.
+    `name` is a hub id, a folder or an alias; None takes the model's own `name_or_path`.
+    `fingerprint` and `sample` are None where the weights cannot be compared (quantised, not in
+    memory, sharded), and `note` says which.
     """
     base = base_model_of(model)
     config = _text_config(base)
@@ -63,8 +64,9 @@ def check_identity(
     """Refuse a model that is not the recorded base.
 
     Another architecture or shape is always an error. Other weights are an error unless
-    `allow_changed_weights` is true or the environment has ROUTER_TUNING_ALLOW_CHANGED_WEIGHTS=1. Where either
-    side has no fingerprint (quantised weights), only the shape is compared, and a warning says so.
+    `allow_changed_weights` is true or the environment has ROUTER_TUNING_ALLOW_CHANGED_WEIGHTS=1.
+    Where either side has no fingerprint (quantised weights), only the shape is compared, and a
+    warning says so.
 
     Raises:
         BaseModelMismatchError: naming both models and what differs.
@@ -79,10 +81,10 @@ def check_identity(
         return
     if not _same_weights(found, recorded):
         raise BaseModelMismatchError(
-            f"the adapter was made on {_title(recorded)} with weights {_short(recorded)}, but the weights of "
-            f"{_title(found)} are {_short(found)}: same shape, other numbers. Load the model that the adapter "
-            f"names, or set {ALLOW_VARIABLE}=1 (allow_changed_weights=True) to use this one all the same; "
-            f"its budgets then need `calibrate` again."
+            f"the adapter was made on {_title(recorded)} with weights {_short(recorded)}, but the "
+            f"weights of {_title(found)} are {_short(found)}: same shape, other numbers. Load the "
+            f"model that the adapter names, or set {ALLOW_VARIABLE}=1 (allow_changed_weights=True) "
+            f"to use this one all the same; its budgets then need `calibrate` again."
         )
 
 
@@ -101,8 +103,8 @@ def _text_config(base: nn.Module) -> Any:
 def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
     """The base model's own parameters under the names they had before anything was put on it.
 
-    A PEFT layer keeps the module that it wraps as `base_layer` (`original_module` where it trains a copy);
-    whatever lies beside that child is adapter. Routers are children of the decoder layers.
+    A PEFT layer keeps the module that it wraps as `base_layer` (`original_module` where it trains a
+    copy); whatever lies beside that child is adapter. Routers are children of the decoder layers.
     """
     for wrapped in ("base_layer", "original_module"):
         inner = module._modules.get(wrapped)
@@ -118,7 +120,7 @@ def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _sampled_values(base: nn.Module) -> tuple[list[Tensor], set[torch.dtype], str | None]:
-    """A few elements of each tensor (on the CPU, in their own dtype), the dtypes, and why not, if not."""
+    """A few elements of each tensor (on the CPU, in their own dtype), the dtypes, and why not."""
     parameters = _in_name_order(base)
     note = _why_not(base, parameters)
     if note is not None:
@@ -167,7 +169,7 @@ def _fingerprint(values: list[Tensor]) -> str:
 
 
 def _sample(values: list[Tensor]) -> str:
-    """One value of each of at most SAMPLED_TENSORS tensors spread over the model, as base64 bfloat16."""
+    """One value of each of up to SAMPLED_TENSORS tensors, spread evenly, as base64 bfloat16."""
     taken = min(SAMPLED_TENSORS, len(values))
     # The middle element: the first one of a tensor is 0 more often than others (padding tokens).
     picked = [values[i * len(values) // taken] for i in range(taken)]
@@ -176,7 +178,7 @@ def _sample(values: list[Tensor]) -> str:
 
 
 def _bfloat16_bytes(value: Tensor) -> bytes:
-    """Little-endian bytes of the values rounded to bfloat16 (numpy has no such type, so as int16)."""
+    """Little-endian bytes of the values rounded to bfloat16 (as int16: numpy has no such type)."""
     return value.to(torch.bfloat16).view(torch.int16).numpy().astype("<i2").tobytes()
 
 
@@ -199,7 +201,7 @@ def _read_sample(text: str) -> Tensor:
 
 
 def _check_shape(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    # The class name is shown but not compared: wrappers rename it (FSDP), and one decoder has several heads.
+    # The class name is shown but not compared: FSDP renames it, and one decoder has several heads.
     differing = [
         f"{key} {recorded[key]} there, {found[key]} here"
         for key in ("model_type", "hidden_size", "num_layers", "vocab_size")

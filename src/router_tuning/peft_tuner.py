@@ -1,8 +1,9 @@
 """Routers as a PEFT adapter: `get_peft_model(model, RouterTuningConfig(...))`, saving and loading.
 
-The only file that imports PEFT's internals. A `RouterLayer` (one router an adapter) sits beside each routed
-attention, as a child of the decoder layer; the engine (attach.py) calls it. Nothing is wrapped, so the base
-model's weights keep their names, and `unload()` gives back the very same model.
+The only file that imports PEFT's internals. A `RouterLayer` (one router for each adapter) sits
+beside each routed attention, as a child of the decoder layer; the engine (attach.py) calls it.
+Nothing is wrapped, so the base model's weights keep their names and `unload()` gives back the very
+same model.
 
 Importing this module registers the adapter type with PEFT.
 
@@ -11,6 +12,7 @@ Shapes: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -18,25 +20,24 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, register_peft_method
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from router_tuning.attach import ROUTER_CHILD, install, routing_of, uninstall
 from router_tuning.card import FILE_NAME as CARD_NAME
 from router_tuning.card import write_card
 from router_tuning.config import RoutingConfig
+from router_tuning.embedded import ALIASES, load_model, models_folder, name_of, resolve
 from router_tuning.errors import AdapterError, ConfigError, RouterTuningError
 from router_tuning.execution.context import Routing
 from router_tuning.identity import check_identity, identify
@@ -54,15 +55,15 @@ METHOD = "router_tuning"
 ROUTERS = "keep_logits"
 """Attribute of a RouterLayer that holds its routers, by adapter name."""
 PREFIX = "keep_"
-"""PEFT's name prefix for our weights. transformers' own loader puts the adapter's name behind the first part
-of a key that has it, so ROUTERS must be the only one: ROUTER_CHILD must not contain it."""
+"""PEFT's mark of our weights' names. transformers' own loader writes the adapter's name behind the
+first part of a key that contains it. That must be ROUTERS, so ROUTER_CHILD must not contain it."""
 
 
 def _peft_type() -> PeftType:
     """Our member of PEFT's list of adapter types, added on first use.
 
-    PEFT has no entry point for adapter types from outside: `register_peft_method` takes only names that
-    stand in the enum, and an enum takes no members once it is made. So the member is put in by hand.
+    PEFT has no entry point for adapter types from outside: `register_peft_method` takes only names
+    that stand in the enum, and an enum takes no members once it is made. So it is put in by hand.
     """
     name = METHOD.upper()
     if name not in PeftType.__members__:
@@ -77,68 +78,104 @@ def _peft_type() -> PeftType:
     return PeftType(name)
 
 
-@dataclass(kw_only=True)
-class RouterTuningConfig(RoutingConfig, PeftConfig):  # type: ignore[misc]
-    """What is routed (RoutingConfig), as a PEFT config. Layers are named by `layers`."""
+class _BaseName:
+    """The base model's name in a config: an alias is saved as it is, and read as its local folder.
 
-    task_type: str | None = "CAUSAL_LM"  # type: ignore[assignment]
+    PEFT and transformers load, or look up, what they read here, and know no aliases. For a config
+    that is on no model yet (AutoPeftModelForCausalLM reads it to load the base) the alias's model
+    is fetched if need be.
+    """
+
+    def __get__(self, config: RouterTuningConfig | None, owner: type | None = None) -> str | None:
+        name = None if config is None else config.base_model_name
+        if config is None or name is None or name not in ALIASES:
+            return name
+        folder = models_folder() / name
+        if not config._is_attached:
+            return resolve(name)
+        return str(folder) if folder.is_dir() else name
+
+    def __set__(self, config: RouterTuningConfig, name: str | None) -> None:
+        config.__dict__["base_model_name_or_path"] = None if name is None else name_of(str(name))
+
+
+# A generated __repr__ or __eq__ would read every field, and so fetch models: RoutingConfig's do.
+@dataclass(kw_only=True, repr=False, eq=False)
+class RouterTuningConfig(RoutingConfig, PeftConfig):
+    """What is routed (RoutingConfig), as a PEFT config. Layers are chosen by `layers`."""
+
+    base_model_name_or_path: str | None = _BaseName()  # type: ignore[assignment]
+    """Hub id, folder or alias of the base model. `base_model_name` is the name as it is saved."""
+
+    task_type: str | None = "CAUSAL_LM"
     """PEFT's task type. None for a bare decoder."""
 
     target_modules: list[str] | str | None = None
-    """Module names of units (or their endings, or one pattern), to route only those. None: all of `layers`."""
+    """Names of modules to route (endings, or one pattern for a whole name). None: all units."""
 
     exclude_modules: list[str] | str | None = None
-    """Module names of units (or their endings, or one pattern) that are not routed."""
+    """Names of modules that are not routed, in the same form. Both become `layers` on attaching."""
 
     modules_to_save: list[str] | None = None
-    """Must stay None: only routers train."""
+    """PEFT's list of base modules to train too. Must stay None: only routers train."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = _peft_type()
         self.check()
         if self.modules_to_save:
             raise ConfigError(
-                f"modules_to_save must be None: only routers train, and the base model stays as it is; "
-                f"got {self.modules_to_save!r}"
+                f"modules_to_save must be None, since only routers train and the base model stays "
+                f"as it is; got {self.modules_to_save!r}"
             )
-        # Known from a file, not from attaching: then it is compared, not written.
+        # A base known from a file is compared with the model; one known from attaching is replaced.
         self._base_is_given = self.base is not None
         self._loading_from: str | None = None
         self._allow_changed_weights = False
+        self._is_attached = False
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write adapter_config.json (under a temporary name first) and the model card."""
+    @property
+    def base_model_name(self) -> str | None:
+        """The base model's name as it is saved: hub id, folder or alias."""
+        name: str | None = self.__dict__.get("base_model_name_or_path")
+        return name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they are saved."""
+        return {f.name: copy.deepcopy(self.__dict__[f.name]) for f in fields(self)}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json (beside its place, then renamed) and the model card."""
         os.makedirs(save_directory, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as temporary:
             super().save_pretrained(temporary, **kwargs)
             os.replace(Path(temporary, CONFIG_NAME), Path(save_directory, CONFIG_NAME))
-        write_card(save_directory, self)
+        write_card(save_directory, self, self.base_model_name)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> RouterTuningConfig:
-        """Read the config of an adapter folder or hub repository; a weights file beside it is looked at too.
+        """Read the config of an adapter folder or hub repository.
 
         Raises:
-            AdapterError: not found, half-written, or of a newer format.
+            AdapterError: missing, half-written, of a newer format, or beside damaged weights.
         """
         place = os.path.join(str(pretrained_model_name_or_path), subfolder or "").rstrip(os.sep)
         try:
-            config = super().from_pretrained(
-                pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+            config = (
+                super().from_pretrained(place, **kwargs)
+                if os.path.isdir(place)
+                else (super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
             )
-        except RouterTuningError as error:
-            raise AdapterError(f"{place}: {error}") from error
-        except ValueError as error:
-            raise AdapterError(f"no {CONFIG_NAME} at {place}: {error}") from error
+        except (RouterTuningError, ValueError, TypeError, KeyError) as error:
+            raise AdapterError(f"no adapter can be read from {place}: {error}") from error
         if not isinstance(config, RouterTuningConfig):
             raise AdapterError(
                 f"{place} holds a {config.peft_type} adapter, not a router-tuning one"
             )
         if os.path.isfile(os.path.join(place, SAFETENSORS_WEIGHTS_NAME)):
-            read_weights_header(place)
+            check_weights_file(place)
         config._loading_from = place
         return config
 
@@ -148,18 +185,21 @@ class RouterTuningConfig(RoutingConfig, PeftConfig):  # type: ignore[misc]
 
         Raises:
             AdapterError: the file is not one JSON object.
+            ConfigError: its format is newer than this version of the package.
         """
         try:
-            fields = super().from_json_file(path_json_file, **kwargs)
-        except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+            found = super().from_json_file(path_json_file, **kwargs)
+        except ValueError as error:  # of JSON or of the encoding
             raise AdapterError(_not_a_config(path_json_file, error)) from error
-        if not isinstance(fields, dict):
-            raise AdapterError(_not_a_config(path_json_file, f"it holds a {type(fields).__name__}"))
-        return fields
+        if not isinstance(found, dict):
+            raise AdapterError(_not_a_config(path_json_file, f"it holds a {type(found).__name__}"))
+        # Before PEFT meets, and drops, fields that only the newer version knows.
+        RoutingConfig(format_version=found.get("format_version", 1)).check()
+        return found
 
 
 class RouterLayer(nn.Module, BaseTunerLayer):
-    """The routers beside one attention, by adapter name: (B, T, D) -> logits (B, T) of the active one."""
+    """The routers beside one attention, one an adapter: (B, T, D) -> logits (B, T)."""
 
     adapter_layer_names = (ROUTERS,)
 
@@ -170,34 +210,33 @@ class RouterLayer(nn.Module, BaseTunerLayer):
         self._device: torch.device | None = None
 
     def add_router(self, adapter_name: str, router: nn.Module, device: torch.device) -> None:
-        """Put in the router of an adapter, in the place of one that it had."""
+        """Put in the router of an adapter."""
         self._device = device
-        if not any(
-            p.is_meta for p in router.parameters()
-        ):  # low_cpu_mem_usage: moved once it is loaded
+        if not any(p.is_meta for p in router.parameters()):  # else: moved once it is loaded
             router.to(device)
         self.keep_logits[adapter_name] = router
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Logits of the active adapter's router."""
+        """Logits of the active adapter's router, in fp32."""
         (active,) = self.active_adapters
-        return self.keep_logits[active](x_BTD)
+        logits_BT: Tensor = self.keep_logits[active](x_BTD)
+        return logits_BT
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch routing on or off, for the whole model.
 
-        PEFT's own switch makes the active adapter trainable when it is switched on again; here what could
-        be trained before can be trained after, and nothing else.
+        PEFT's own switch leaves the active adapter trainable, also one that was loaded frozen; here
+        what can be trained stays as it was.
         """
         self._disable_adapters = not enabled
         if self._routing is not None:
             self._routing.enabled = enabled
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing: a LoRA on the same model calls this when it merges itself."""
+        """Do nothing: a LoRA on the same model calls this when it merges itself."""
 
     def unmerge(self) -> None:
-        """Nothing, see merge."""
+        """Do nothing, see merge."""
 
     @property
     def weight(self) -> Tensor:
@@ -216,34 +255,35 @@ class RouterLayer(nn.Module, BaseTunerLayer):
             self.keep_logits[adapter_name].to(device or self._device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterLayer:
-        # model.half() and model.to(bfloat16) move routers but leave them in fp32, and do not round them.
+        # model.half() and model.to(bfloat16) move routers, but leave them in fp32 and unrounded.
         def in_fp32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if not tensor.is_floating_point() or moved.dtype == torch.float32:
                 return moved
             return tensor.to(device=moved.device, dtype=torch.float32)
 
-        super()._apply(in_fp32, recurse)
+        super()._apply(in_fp32, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
 class RouterTuningModel(BaseTuner):
-    """Puts RouterLayers into a model and keeps the engine at the active adapter's settings."""
+    """Puts RouterLayers into a model, and keeps the engine at the active adapter's settings."""
 
     prefix = PREFIX
     tuner_layer_cls = RouterLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's name and type)
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name and type
 
     def __init__(
         self,
         model: nn.Module,
-        peft_config: RouterTuningConfig | dict[str, RouterTuningConfig],
+        peft_config: PeftConfig | dict[str, PeftConfig],
         adapter_name: str,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         _check_name(model, adapter_name)
         before = _Before.of(model)
+        # Said for every LoRA that is there too, which is what we support.
         with _silent("Already found a `peft_config` attribute"):
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         self._before = before
@@ -256,30 +296,32 @@ class RouterTuningModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Add an adapter. What can be wrong is looked at first, so that an error leaves the model as it was."""
-        config = self.peft_config[adapter_name]
+        """Add an adapter. All is checked first, so that an error leaves the model as it was."""
+        config = _own(self.peft_config[adapter_name])
         try:
             self._units = _checked_units(model, config)
             _check_base(model, config)
         except RouterTuningError:
-            # A model that has other adapters shares the dict of configs, which holds this one already.
-            if len(self.peft_config) > 1:
-                del self.peft_config[adapter_name]
+            # Adapters of one model share the dict of configs, and PEFT has put this one in already.
+            del self.peft_config[adapter_name]
             raise
-        # Where routers go is known from the config; PEFT would look for names in the state dict.
+        config._is_attached = True
+        # Where routers go stands in the config; PEFT would read it off the names in the state dict.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, None)
 
     def _prepare_adapter_config(
-        self, peft_config: RouterTuningConfig, model_config: dict[str, Any]
-    ) -> RouterTuningConfig:
+        self, peft_config: PeftConfig, model_config: dict[str, Any]
+    ) -> PeftConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: RouterTuningConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(  # type: ignore[override]
+        self, peft_config: PeftConfig, key: str
+    ) -> bool:
         return key in self._units
 
     def _create_and_replace(
         self,
-        peft_config: RouterTuningConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -290,43 +332,42 @@ class RouterTuningModel(BaseTuner):
         layer = getattr(parent, ROUTER_CHILD, None)
         if layer is None:
             layer = RouterLayer()
+            layer.train(parent.training)
             parent.add_module(ROUTER_CHILD, layer)
-        router = make_router(peft_config, hidden_size_of(self.model))
+        router = make_router(_own(peft_config), hidden_size_of(self.model))
         layer.add_router(adapter_name, router, next(parent.parameters()).device)
-        layer.train(parent.training)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one: its routers, and its settings."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if len(names) > 1:
-            raise ConfigError(
-                f"one routing adapter can be active at a time, got {', '.join(names)}"
-            )
+            raise ConfigError(f"one adapter can route at a time, got {', '.join(names)}")
+        config = _own(self.peft_config[names[0]]) if names else None
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        _follow(self.model, self.peft_config[names[0]] if names else None)
+        _follow(self.model, config)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. The first of those that are left becomes active; without one the model is dense."""
-        if adapter_name not in self.peft_config:
+        """Delete an adapter. In the place of an active one, the first other one becomes active."""
+        if not isinstance(self.peft_config.get(adapter_name), RouterTuningConfig):
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        was_active = adapter_name in self.active_adapters
         _drop_routers(self.model, adapter_name)
         del self.peft_config[adapter_name]
-        if not was_active:
-            return
-        left = [n for n, c in self.peft_config.items() if isinstance(c, RouterTuningConfig)]
-        self.set_adapter(
-            left[:1], inference_mode=bool(left) and self.peft_config[left[0]].inference_mode
-        )
+        if adapter_name in self.active_adapters:
+            left = self._own_adapters()[:1]
+            frozen = any(self.peft_config[name].inference_mode for name in left)
+            self.set_adapter(left, inference_mode=frozen)
+
+    def _own_adapters(self) -> list[str]:
+        return [n for n, c in self.peft_config.items() if isinstance(c, RouterTuningConfig)]
 
     def _check_merge_allowed(self) -> None:
         raise ConfigError(
-            "routers cannot be merged into the base weights: they decide anew for every token or sequence. "
-            "Use unload() for the base model without routers, and set_budget(model, budget) or "
-            "model(..., budget=...) to choose how much is skipped."
+            "routers cannot be merged into the base weights: they decide anew for each token or "
+            "sequence. Use unload() for the base model without them, and set_budget(model, budget) "
+            "or model(..., budget=...) to choose how much is skipped."
         )
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -335,21 +376,20 @@ class RouterTuningModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        for name in [n for n, c in self.peft_config.items() if isinstance(c, RouterTuningConfig)]:
+        for name in self._own_adapters():
             _drop_routers(self.model, name)
             del self.peft_config[name]
-        _follow(self.model, None)
-        self.active_adapter = []
+        self.set_adapter([])
         if not self.peft_config:  # else a LoRA lives on the same model
             self.model.__dict__.pop("peft_config", None)
             self._before.restore(self.model)
-        return cast(nn.Module, self.model)
+        return self.model
 
     @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: RouterTuningConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -358,173 +398,57 @@ class RouterTuningModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's own expects the adapter's name right before the parameter's; ours may be deeper.
+        # PEFT's own expects the adapter's name right before the parameter's; ours stands higher.
         return key.replace(f".{ROUTERS}.{adapter_name}.", f".{ROUTERS}.", 1)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
-        config: RouterTuningConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Here every way of loading passes, just before the weights are copied."""
-        remapped = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
+        """PEFT's hook just before weights are copied: here every way of loading them passes."""
+        config = _own(config)
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            _check_weights(model, adapter_name, remapped, config._loading_from)
+            _check_weights(model, adapter_name, loaded, config._loading_from)
         except AdapterError:
             if config._loading_from is not None and isinstance(model, PeftModel):
                 _undo_loading(model, adapter_name)
             raise
         config._loading_from = None
-        return remapped
+        return loaded
 
 
-def load_adapter(
-    folder: str | Path,
-    model: nn.Module | None = None,
-    *,
-    adapter_name: str = "default",
-    dtype: torch.dtype | str | None = None,
-    is_trainable: bool = False,
-    allow_changed_weights: bool = False,
-) -> PeftModel:
-    """Load an adapter, with its base model unless one is given. Everything is checked before weights are copied.
-
-    Args:
-        folder: an adapter folder, or a hub repository.
-        model: the base model, or a PEFT model of it. None loads the one that the adapter names.
-        adapter_name: the name under which the adapter is added; it becomes the active one.
-        dtype: of the base model, where it is loaded here. None takes that of its files.
-        is_trainable: whether the routers shall be trained on.
-        allow_changed_weights: accept a base model of the same shape whose weights differ.
-
-    Raises:
-        AdapterError: the folder is missing, damaged, of a newer format, or does not fit its own config.
-        BaseModelMismatchError: the model is not the one that the adapter was made for.
-    """
-    place = _local_folder(folder)
-    config = RouterTuningConfig.from_pretrained(place)
-    if not os.path.isfile(os.path.join(place, SAFETENSORS_WEIGHTS_NAME)):
-        raise AdapterError(
-            f"{place} has no {SAFETENSORS_WEIGHTS_NAME}; save or copy the adapter again"
-        )
-    config.inference_mode = not is_trainable
-    config._allow_changed_weights = allow_changed_weights
-    if model is None:
-        model = _load_base(config, place, dtype)
-    elif dtype is not None:
-        raise ConfigError(
-            "dtype says how to load the base model; a model was given, so convert that one"
-        )
-    device = str(next(model.parameters()).device)
-    if isinstance(model, PeftModel) and model.peft_type == _peft_type():
-        model.add_adapter(adapter_name, config)
-        model.load_adapter(place, adapter_name, is_trainable=is_trainable, torch_device=device)
-        model.set_adapter(adapter_name, inference_mode=not is_trainable)
-        return model
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return PeftModel.from_pretrained(
-        base, place, adapter_name, is_trainable, config=config, torch_device=device
-    )
-
-
-def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str | None = None) -> Path:
-    """Save one adapter (the active one by default) so that an interrupted save leaves the old files whole.
-
-    Every file is written under a temporary name inside the folder and then renamed.
-
-    Raises:
-        AdapterError: the folder cannot be written, or the disk is full.
-    """
-    name = adapter_name or model.active_adapter
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            written = Path(temporary) if name == "default" else Path(temporary, name)
-            card = folder / CARD_NAME
-            if card.exists():
-                written.mkdir(exist_ok=True)
-                shutil.copy(card, written)  # what people wrote into it is kept
-            model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
-            for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
-                os.replace(written / file, folder / file)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AdapterError(
-            f"cannot write the adapter to {folder}: {reason}. An adapter that was there is unchanged. "
-            f"Free some space or choose another folder."
-        ) from error
-    return folder
-
-
-def read_weights_header(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in an adapter's weights file, which is opened but not loaded.
-
-    Raises:
-        AdapterError: the file is missing, cut short or damaged.
-    """
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"{path} cannot be read ({error}): it is missing, cut short or damaged; save or copy it again"
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Before:
-    """What PEFT changes on a base model beside adding adapters, as it was."""
-
-    trainable: dict[str, bool]
-    attributes: frozenset[str]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Before:
-        return cls(
-            {name: p.requires_grad for name, p in model.named_parameters()},
-            frozenset(model.__dict__),
-        )
-
-    def restore(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.trainable.get(name, parameter.requires_grad))
-        # PEFT hooks the embeddings of a model that has gradient checkpointing on.
-        hooks = {"_require_grads_hooks", "_require_grads_hook"} - self.attributes
-        if hooks & model.__dict__.keys():
-            model.disable_input_require_grads()  # type: ignore[operator]
-        for name in hooks:
-            model.__dict__.pop(name, None)
+def _own(config: PeftConfig) -> RouterTuningConfig:
+    if not isinstance(config, RouterTuningConfig):
+        raise ConfigError(f"wanted a router-tuning adapter, got one of type {config.peft_type}")
+    return config
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:
-    """Adapters of one model share a dict: a LoRA under the same name would be lost."""
+    """Adapters of one model share a dict: one of the same name would be lost without a word."""
     other = getattr(model, "peft_config", {}).get(adapter_name)
-    if other is not None and not isinstance(other, RouterTuningConfig):
+    if other is not None:
         raise ConfigError(
-            f"the model has a {other.peft_type.value} adapter named {adapter_name!r} already; give the routers "
-            f'another name: get_peft_model(model, config, adapter_name="routers")'
+            f"the model has an adapter named {adapter_name!r} already, of type "
+            f"{other.peft_type.value}; take that off with unload(), or give another name: "
+            f'get_peft_model(model, config, adapter_name="routers")'
         )
 
 
 def _checked_units(model: nn.Module, config: RouterTuningConfig) -> dict[str, Unit]:
-    """The units to route, by the name of their module; target and exclude patterns become `layers`."""
+    """The units to route, by the name of their module; patterns of names become `layers`."""
     config.check()
     decoder = decoder_of(model)
     layers = decoder_layers(decoder)
-    if any(not isinstance(getattr(x, ROUTER_CHILD, RouterLayer()), RouterLayer) for x in layers):
-        raise ConfigError(
-            "this model was routed by attach(); detach(model) before it becomes a PEFT model"
-        )
-    name_of = {id(module): name for name, module in model.named_modules()}
+    if any(not isinstance(getattr(x, ROUTER_CHILD, None), RouterLayer | None) for x in layers):
+        raise ConfigError("this model was routed by attach(); detach(model) first")
+    name_by_id = {id(module): name for name, module in model.named_modules()}
     units = {
-        name_of[id(attention_of(decoder, layers[unit.layer_idx]))]: unit
+        name_by_id[id(attention_of(decoder, layers[unit.layer_idx]))]: unit
         for unit in find_units(model, config)
     }
     if config.target_modules is None and config.exclude_modules is None:
@@ -537,8 +461,9 @@ def _checked_units(model: nn.Module, config: RouterTuningConfig) -> dict[str, Un
     }
     if not chosen:
         raise ConfigError(
-            f"target_modules={config.target_modules!r} and exclude_modules={config.exclude_modules!r} leave no "
-            f"unit to route; units here are {', '.join(list(units)[:2])}, ...: use `layers` to choose among them"
+            f"target_modules={config.target_modules!r} with "
+            f"exclude_modules={config.exclude_modules!r} leaves no unit to route; the units are "
+            f"{', '.join(list(units)[:2])} and so on. Leave both at None and use `layers`."
         )
     config.layers = sorted({unit.layer_idx for unit in chosen.values()})
     config.target_modules = config.exclude_modules = None
@@ -546,19 +471,19 @@ def _checked_units(model: nn.Module, config: RouterTuningConfig) -> dict[str, Un
 
 
 def _matches(name: str, patterns: list[str] | str) -> bool:
-    """Whether a module's name is meant, by PEFT's rules: one pattern for all of it, or a list of endings."""
+    """Whether a module's name is meant, by PEFT's rules: one pattern for all of it, or endings."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == ending or name.endswith(f".{ending}") for ending in patterns)
 
 
 def _check_base(model: nn.Module, config: RouterTuningConfig) -> None:
-    """Compare the model with the one that the adapter was made for; record it for a new adapter."""
+    """Compare the model with the one the adapter was made on; for a new adapter, record it."""
     if config._base_is_given and config.base is not None:
         check_identity(model, config.base, allow_changed_weights=config._allow_changed_weights)
         return
-    name = config.base_model_name_or_path or getattr(model, "name_or_path", None)
-    config.base = identify(model, name or None)
+    name = config.base_model_name or getattr(model, "name_or_path", None)
+    config.base = identify(model, name_of(name) if name else None)
 
 
 def _router_layers(model: nn.Module) -> Iterator[tuple[nn.Module, RouterLayer]]:
@@ -571,19 +496,22 @@ def _router_layers(model: nn.Module) -> Iterator[tuple[nn.Module, RouterLayer]]:
 
 def _follow(model: nn.Module, config: RouterTuningConfig | None) -> None:
     """Set the engine to the active adapter's settings; None takes it off."""
-    before = decoder_of(model).__dict__.get("routing")
-    uninstall(model)
+    before: Routing | None = decoder_of(model).__dict__.get("routing")
     if config is None:
+        uninstall(model)
         return
-    install(model, config)
-    routing = routing_of(model)
-    routing.enabled = before is None or before.enabled
+    if before is not None and before.units == tuple(find_units(model, config)):
+        before.config = config
+    else:
+        uninstall(model)
+        install(model, config)
+        routing_of(model).enabled = before is None or before.enabled
     for _, child in _router_layers(model):
-        child._routing = routing
+        child._routing = routing_of(model)
 
 
 def _drop_routers(model: nn.Module, adapter_name: str) -> None:
-    """Delete an adapter's routers; a layer without any is as before."""
+    """Delete an adapter's routers; a layer that is left without any is as before."""
     for layer, child in list(_router_layers(model)):
         if adapter_name in child.keep_logits:
             del child.keep_logits[adapter_name]
@@ -591,91 +519,204 @@ def _drop_routers(model: nn.Module, adapter_name: str) -> None:
             delattr(layer, ROUTER_CHILD)
 
 
+# PEFT hooks the embeddings of a model that checkpoints activations; transformers keeps them here.
+_INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What PEFT changes on a base model beside adding adapters, as it was."""
+
+    trainable: dict[str, bool]
+    hooks: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Before:
+        """Note it down."""
+        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        return cls(trainable, {n: model.__dict__[n] for n in _INPUT_HOOKS if n in model.__dict__})
+
+    def restore(self, model: nn.Module) -> None:
+        """Put it back."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.trainable.get(name, parameter.requires_grad))
+        hooks, hook = _INPUT_HOOKS
+        for handle in model.__dict__.pop(hooks, []):
+            if handle not in self.hooks.get(hooks, []):
+                handle.remove()
+        model.__dict__.pop(hook, None)
+        model.__dict__.update(self.hooks)
+
+
+def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str | None = None) -> Path:
+    """Save one adapter, by default the active one; an interrupted save leaves the old files whole.
+
+    Every file is written in a temporary folder inside and then renamed, the config last.
+
+    Raises:
+        AdapterError: the folder cannot be written, or the disk is full.
+    """
+    name = str(adapter_name or model.active_adapter)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            written = Path(temporary) if name == "default" else Path(temporary, name)
+            written.mkdir(exist_ok=True)
+            if (folder / CARD_NAME).exists():
+                shutil.copy(folder / CARD_NAME, written)  # what people wrote into it is kept
+            model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
+            for file in (SAFETENSORS_WEIGHTS_NAME, CARD_NAME, CONFIG_NAME):
+                os.replace(written / file, folder / file)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(
+            f"cannot write the adapter to {folder}: {reason}. An adapter that was there is still "
+            f"whole. Make room, make the folder writable, or choose another."
+        ) from error
+    return folder
+
+
+def load_adapter(
+    folder: str | Path,
+    model: nn.Module | None = None,
+    *,
+    adapter_name: str = "default",
+    dtype: torch.dtype | str | None = None,
+    is_trainable: bool = False,
+    allow_changed_weights: bool = False,
+) -> PeftModel:
+    """Load an adapter, and its base model unless that is given. All is checked before it is loaded.
+
+    Args:
+        folder: an adapter's folder, or a hub repository.
+        model: the base model, or a PEFT model of it. None loads the one that the adapter names.
+        adapter_name: the name under which the adapter is added; it becomes the active one.
+        dtype: of a base model that is loaded here. None takes that of its files.
+        is_trainable: whether the routers are to be trained on.
+        allow_changed_weights: accept a base model of the same shape with other weights.
+
+    Raises:
+        AdapterError: missing, damaged, of a newer format, or weights that do not fit the config.
+        BaseModelMismatchError: the model is not the one that the adapter was made on.
+    """
+    place = _local_folder(folder)
+    config = RouterTuningConfig.from_pretrained(place)
+    check_weights_file(place)
+    config.inference_mode = not is_trainable
+    config._allow_changed_weights = allow_changed_weights
+    if model is None:
+        model = _load_base(config, place, dtype)
+    elif dtype is not None:
+        raise ConfigError("dtype is for a base model that is loaded here; convert the one you pass")
+    device = str(next(model.parameters()).device)
+    if isinstance(model, PeftModel) and model.peft_type == _peft_type():
+        model.add_adapter(adapter_name, config)
+        model.load_adapter(place, adapter_name, is_trainable=is_trainable, torch_device=device)
+        model.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with _silent("`is_gradient_checkpointing` is deprecated"):  # of PEFT 0.21 on transformers 5.24
+        return PeftModel.from_pretrained(
+            base, place, adapter_name, is_trainable, config=config, torch_device=device
+        )
+
+
+def check_weights_file(folder: str | Path) -> None:
+    """Open an adapter's weights file without loading it.
+
+    Raises:
+        AdapterError: the file is missing, cut short or damaged.
+    """
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{path} cannot be read: it is missing, cut short or damaged ({error}). Save or copy "
+            f"the adapter again."
+        ) from error
+
+
 def _check_weights(
     model: nn.Module, adapter_name: str, loaded: dict[str, Tensor], place: str | None
 ) -> None:
-    """The weights of an adapter must be exactly those of its routers."""
-    where = (
-        "the adapter's weights" if place is None else os.path.join(place, SAFETENSORS_WEIGHTS_NAME)
-    )
+    """The weights must be exactly those of the adapter's routers."""
+    where = "the adapter" if place is None else os.path.join(place, SAFETENSORS_WEIGHTS_NAME)
+    what_to_do = "The config and the weights are not of one adapter; save or copy both again."
     there = model.state_dict()
-    wanted = [k for k in there if f".{ROUTERS}.{adapter_name}." in k]
-    missing = [k for k in wanted if k not in loaded]
+    wanted = [key for key in there if f".{ROUTERS}.{adapter_name}." in key]
+    missing = [key for key in wanted if key not in loaded]
     if missing:
         raise AdapterError(
-            f"{where}: {len(missing)} of {len(wanted)} router weights are missing, the first is {missing[0]}. "
-            f"The config routes more layers than were saved; save or copy the adapter again."
+            f"{where} lacks {len(missing)} of the {len(wanted)} router weights that its config "
+            f"asks for; the first is {missing[0]}. {what_to_do}"
         )
-    unknown = [k for k in loaded if k not in there]
+    unknown = [key for key in loaded if key not in there]
     if unknown:
         raise AdapterError(
-            f"{where}: {len(unknown)} weights belong to no router of this config, the first is {unknown[0]}. "
-            f"The config and the weights are not of one adapter; save or copy both again."
+            f"{where} has {len(unknown)} weights that no router of its config has; the first is "
+            f"{unknown[0]}. {what_to_do}"
         )
     for key in wanted:
         if loaded[key].shape != there[key].shape:
             raise AdapterError(
-                f"{where}: {key} has shape {tuple(loaded[key].shape)}, wanted {tuple(there[key].shape)}. "
-                f"The config and the weights are not of one adapter; save or copy both again."
+                f"{where}: {key} has shape {tuple(loaded[key].shape)}, wanted "
+                f"{tuple(there[key].shape)}. {what_to_do}"
             )
 
 
 def _undo_loading(model: PeftModel, adapter_name: str) -> None:
     """Take off an adapter whose weights turned out not to fit."""
+    tuner = cast(RouterTuningModel, model.base_model)
     if set(model.peft_config) == {adapter_name}:
-        model.base_model.unload()
+        tuner.unload()
     else:
-        model.base_model.delete_adapter(adapter_name)
+        tuner.delete_adapter(adapter_name)
 
 
 def _local_folder(folder: str | Path) -> str:
     """The adapter's folder on this machine; a hub repository is fetched first."""
     if os.path.isdir(folder):
         return str(folder)
+    wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME]
     try:
-        return snapshot_download(
-            str(folder), allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME]
-        )
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        return snapshot_download(str(folder), allow_patterns=wanted)
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         raise AdapterError(
-            f"no adapter folder {folder}, and no such hub repository ({error})"
+            f"{folder} is no folder, and no hub repository that can be fetched: "
+            f"{str(error).strip().splitlines()[0]}"
         ) from error
 
 
 def _load_base(
     config: RouterTuningConfig, place: str, dtype: torch.dtype | str | None
 ) -> nn.Module:
-    name = config.base_model_name_or_path
-    if not name:
+    name = config.base_model_name
+    if name is None:
         raise AdapterError(
-            f"{place} names no base model; load that yourself and pass it: load_adapter(folder, model)"
+            f"{place} names no base model; load it and pass it: load_adapter(folder, model)"
         )
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        name, revision=config.revision, dtype=dtype or "auto"
-    )
-    return model
+    return load_model(name, dtype=dtype or "auto")
 
 
 def _not_a_config(path: str, reason: object) -> str:
     return (
-        f"{path} is no adapter config ({reason}); the file was cut short or changed by hand: "
-        f"save or copy it again"
+        f"{path} is no adapter config ({reason}): it was cut short or changed by hand. Save or "
+        f"copy the adapter again."
     )
 
 
 @contextmanager
 def _silent(message: str) -> Iterator[None]:
-    """Do without a warning of PEFT's that is meant for something else than what we do."""
+    """Without a warning of PEFT's that is meant for something else than what we do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=message)
         yield
 
 
-def _register() -> None:
-    if _peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
-        register_peft_method(
-            name=METHOD, config_cls=RouterTuningConfig, model_cls=RouterTuningModel, prefix=PREFIX
-        )
-
-
-_register()
+if _peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(
+        name=METHOD, config_cls=RouterTuningConfig, model_cls=RouterTuningModel, prefix=PREFIX
+    )

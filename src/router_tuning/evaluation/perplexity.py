@@ -1,7 +1,8 @@
 """Loss of text windows: dense, routed at budgets, and under controls that skip as much.
 
-`window_loss` measures one model as it stands; `evaluate` puts the rows of a report together. Losses are in
-nats a token. Memory stays small for any vocabulary: logits are made for a few positions at a time.
+`window_loss` measures one model as it stands; `evaluate` puts the rows of a report together. Losses
+are in nats a token. Memory stays small for any vocabulary: logits are made for a few positions at a
+time.
 
 Shapes: B windows of a batch, L tokens of a window, P positions of a chunk, D hidden, V vocabulary.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from router_tuning.baselines import RandomMask, StaticDrop, cosine_order, greedy_order
+from router_tuning.config import check_budget, threshold_for
 from router_tuning.cost import flops_fraction
 from router_tuning.data import Progress, Windows, evaluation_mode
 from router_tuning.errors import ConfigError, DataError, UnsupportedModelError
@@ -105,7 +107,8 @@ def _decoder(causal: Any) -> nn.Module:
     decoder = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
     if not isinstance(decoder, nn.Module):
         raise UnsupportedModelError(
-            f"wanted a causal LM of transformers (a decoder and a head), got {type(causal).__name__}"
+            f"wanted a causal LM of transformers (a decoder and a head), "
+            f"got {type(causal).__name__}"
         )
     return decoder
 
@@ -124,8 +127,8 @@ class _Given(nn.Module):
 def _logits(causal: Any, output: Any, hidden_PD: Tensor) -> Tensor:
     """The causal LM's own logits of some positions: (P, V).
 
-    Its forward runs on a shallow copy whose decoder only returns these positions, so that whatever the family
-    does around its head (scaling, soft-capping) is done, and the model itself is not touched.
+    Its forward runs on a shallow copy whose decoder only returns these positions, so that whatever
+    the family does around its head (scaling, soft-capping) is done, and the model is not touched.
     """
     given = copy.copy(output)
     given["last_hidden_state"] = hidden_PD[None]
@@ -151,10 +154,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a routed model dense and at budgets, and with `compare` controls that skip as much.
 
-    The controls: `random` keeps tokens at the rates that the routers had in each unit, `random_uniform` at
-    their mean rate in every unit (both are means over `seeds`); `static_cosine` and `static_greedy` drop whole
-    units, interpolated between whole numbers of units to exactly the budget; `learned_static` is another
-    adapter, whose routers are biases.
+    The controls: `random` keeps tokens at the rate that the routers had in each unit, and
+    `random_uniform` at their mean rate in every unit (both are means over `seeds`); `static_cosine`
+    and `static_greedy` drop whole units, interpolated between whole numbers of units to exactly the
+    budget; `learned_static` is another adapter, whose routers are biases.
 
     Args:
         model: routed, with these budgets calibrated.
@@ -163,90 +166,91 @@ def evaluate(
         batch_size: windows of one forward.
         compare: whether to measure the controls.
         selection: other windows, on which static dropping is chosen. Needed with `compare`.
-        learned_static: a calibrated model with router="bias". None leaves its list out, and says so.
+        learned_static: a calibrated model with router="bias". None leaves its list out.
         seeds: of the random masks.
         greedy_windows: how many selection windows the greedy choice runs on; it is slow.
         progress: called with windows done, and windows in all.
 
     Returns:
-        `{"dense": {"loss", "answer_loss", "tokens"}, "routed": [{"budget", *MEASURES}, ...]}`; with `compare`
-        also lists of the same form under the controls' names, and under "omitted" what was left out and why.
-        Rows of random masks add "seeds" and "loss_per_seed"; rows of static dropping add "units": the dropped
-        units, a list for each of the one or two numbers of units that the row interpolates.
+        `{"dense": {"loss", "answer_loss", "tokens"}, "routed": [{"budget", *MEASURES}, ...]}`; with
+        `compare` also lists of the same form under the controls' names, and under "omitted" what
+        was left out and why. Rows of random masks add "seeds" and "loss_per_seed"; rows of static
+        dropping add "units": the dropped units, one list for each of the one or two whole numbers
+        of units that the row interpolates.
 
     Raises:
         BudgetError: a budget that is out of range or not calibrated.
         ConfigError: `compare` without selection windows, or without seeds.
     """
+    budgets = [check_budget(b) for b in dict.fromkeys(budgets)]
+    for routed in (model,) if learned_static is None else (model, learned_static):
+        for budget in budgets:  # before hours of work, not after
+            threshold_for(routing_of(routed).config, budget)
+    run = _Runs(windows, batch_size, progress)
+    run.total = (1 + len(budgets)) * len(windows)
     if compare:
         _check_controls(windows, selection, seeds)
-    counts = _static_counts(model, budgets)
-    passes = 1 + len(budgets)
-    if compare:
-        num_static = len({n for pair in counts.values() for n in pair})
-        passes += 2 * len(seeds) * len(budgets) + 2 * num_static
-        passes += len(budgets) if learned_static is not None else 0
-    run = _Runs(windows, batch_size, passes, progress)
+        run.total += _control_passes(model, budgets, seeds, learned_static) * len(windows)
 
     with dense(model):
         base = run.loss(model)
-    result: dict[str, Any] = {
-        "dense": {"loss": base.loss, "answer_loss": base.answer_loss, "tokens": base.tokens},
-        "routed": [],
-    }
-    rates = []
+    rows, rates = [], []
     for budget in budgets:
         row, trace = run.row(model, budget)
-        result["routed"].append(row)
-        rates.append((row, trace.kept_per_unit()))
-    if not compare:
-        return result
-    assert selection is not None
-
-    result["random"] = [_random_row(run, model, row, per_unit, seeds) for row, per_unit in rates]
-    result["random_uniform"] = [
-        _random_row(run, model, row, row["kept_of_routed"], seeds) for row, _ in rates
-    ]
-    most = max(n for pair in counts.values() for n in pair)
-    few = selection.take(range(min(greedy_windows, len(selection))))
-    with evaluation_mode(model):
-        cosine = cosine_order(model, selection)
-        greedy = greedy_order(model, few, most)
-    result["static_cosine"] = list(_static_rows(run, model, counts, cosine))
-    result["static_greedy"] = list(_static_rows(run, model, counts, greedy))
-    if learned_static is None:
-        result["omitted"] = {"learned_static": 'no adapter with router="bias" was given'}
-    else:
-        result["learned_static"] = [run.row(learned_static, b)[0] for b in budgets]
+        rows.append(row)
+        rates.append(trace.kept_per_unit())
+    result: dict[str, Any] = {
+        "dense": {"loss": base.loss, "answer_loss": base.answer_loss, "tokens": base.tokens},
+        "routed": rows,
+    }
+    if compare and selection is not None:
+        result["random"] = _random_rows(run, model, rows, rates, seeds)
+        uniform = [row["kept_of_routed"] for row in rows]
+        result["random_uniform"] = _random_rows(run, model, rows, uniform, seeds)
+        result |= _static_controls(run, model, budgets, selection, greedy_windows)
+        if learned_static is None:
+            result["omitted"] = {"learned_static": 'no adapter with router="bias" was given'}
+        else:
+            result["learned_static"] = [run.row(learned_static, b)[0] for b in budgets]
     return result
 
 
 def _check_controls(windows: Windows, selection: Windows | None, seeds: Sequence[int]) -> None:
     if selection is None or not len(selection):
         raise ConfigError(
-            "compare chooses which units to drop on text of its own: give selection windows, such as those held "
-            "back for calibration"
+            "compare chooses which units to drop on text of its own: give selection windows, such "
+            "as those held back for calibration"
         )
-    if selection is windows or torch.equal(selection.ids, windows.ids):
+    if torch.equal(selection.ids, windows.ids):
         raise ConfigError(
-            "selection and windows are the same text: dropping chosen on the text that it is measured on would "
-            "look better than it is; give other text for one of them"
+            "selection and windows are the same text: dropping chosen on the text that it is "
+            "measured on looks better than it is; give other text for one of them"
         )
     if not seeds:
         raise ConfigError("compare needs at least one seed for its random masks, got none")
 
 
+def _control_passes(
+    model: nn.Module,
+    budgets: Sequence[float],
+    seeds: Sequence[int],
+    learned_static: nn.Module | None,
+) -> int:
+    """How often the controls run over the windows; choosing what to drop is not counted."""
+    random = 2 * len(seeds) * len(budgets)
+    static = 2 * len(set().union(*_static_counts(model, budgets).values()))
+    return random + static + (0 if learned_static is None else len(budgets))
+
+
 class _Runs:
     """Measures one set of windows again and again, and counts the windows done."""
 
-    def __init__(
-        self, windows: Windows, batch_size: int, passes: int, progress: Progress | None
-    ) -> None:
+    def __init__(self, windows: Windows, batch_size: int, progress: Progress | None) -> None:
         self.windows = windows
         self.batch_size = batch_size
-        self.total = passes * len(windows)
-        self.done = 0
         self.progress = progress
+        self.done = 0
+        self.total = len(windows)
 
     def loss(self, model: nn.Module, budget: float | None = None) -> LossResult:
         def advance(done: int, total: int) -> None:
@@ -282,45 +286,73 @@ def _measures(model: nn.Module, result: LossResult, trace: Trace) -> dict[str, A
     }
 
 
-def _random_row(
+def _random_rows(
     run: _Runs,
     model: nn.Module,
-    routed: Mapping[str, Any],
-    rate: float | Mapping[str, float],
+    routed: Sequence[Mapping[str, Any]],
+    rates: Sequence[float | Mapping[str, float]],
     seeds: Sequence[int],
-) -> dict[str, Any]:
-    rows = [run.decided(model, RandomMask(rate, seed)) for seed in seeds]
-    mean = _weighted([(row, 1 / len(rows)) for row in rows])
-    losses = [row["loss"] for row in rows]
-    return {"budget": routed["budget"], **mean, "seeds": list(seeds), "loss_per_seed": losses}
+) -> list[dict[str, Any]]:
+    """A row for each routed row: random masks at the rates it had."""
+    found = []
+    for row, rate in zip(routed, rates, strict=True):
+        runs = [run.decided(model, RandomMask(rate, seed)) for seed in seeds]
+        mean = _weighted([(one, 1 / len(runs)) for one in runs])
+        losses = [one["loss"] for one in runs]
+        found.append(
+            {"budget": row["budget"], **mean, "seeds": list(seeds), "loss_per_seed": losses}
+        )
+    return found
 
 
-def _static_counts(model: nn.Module, budgets: Iterable[float]) -> dict[float, tuple[int, ...]]:
-    """The one or two whole numbers of dropped units around each budget; no more than are routed."""
-    routing = routing_of(model)
+def _static_controls(
+    run: _Runs,
+    model: nn.Module,
+    budgets: Sequence[float],
+    selection: Windows,
+    greedy_windows: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """Dropping whole units, chosen on the selection windows by either criterion."""
+    counts = _static_counts(model, budgets)
+    most = max(set().union(*counts.values()))
+    few = selection.take(range(min(greedy_windows, len(selection))))
+    with evaluation_mode(model):
+        cosine = cosine_order(model, selection, batch_size=run.batch_size)
+        greedy = greedy_order(model, few, most)
+    return {
+        "static_cosine": _static_rows(run, model, counts, cosine),
+        "static_greedy": _static_rows(run, model, counts, greedy),
+    }
+
+
+def _static_counts(model: nn.Module, budgets: Sequence[float]) -> dict[float, list[int]]:
+    """The one or two whole numbers of dropped units around each budget; at most all routed ones."""
+    routed = len(routing_of(model).units)
     counts = {}
     for budget in budgets:
-        exact = _exact_count(routing.num_units_of_kind, budget)
-        around = {math.floor(exact), math.ceil(exact)}
-        counts[budget] = tuple(sorted({min(n, len(routing.units)) for n in around}))
+        exact = _exact_count(model, budget)
+        counts[budget] = sorted({min(n, routed) for n in (math.floor(exact), math.ceil(exact))})
     return counts
 
 
-def _exact_count(num_units: int, budget: float) -> float:
-    return round((1 - budget) * num_units, 9)  # so that 0.9 of 30 units drops 3, not 2.9999999999999996
+def _exact_count(model: nn.Module, budget: float) -> float:
+    # Rounded, so that 0.9 of 30 units drops 3 of them, not 2.9999999999999996.
+    return round((1 - budget) * routing_of(model).num_units_of_kind, 9)
 
 
 def _static_rows(
-    run: _Runs, model: nn.Module, counts: Mapping[float, tuple[int, ...]], order: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    needed = sorted({n for pair in counts.values() for n in pair})
-    measured = {n: run.decided(model, StaticDrop(order[:n])) for n in needed}
-    for budget, pair in counts.items():
-        low, high = pair[0], pair[-1]
-        exact = _exact_count(routing_of(model).num_units_of_kind, budget)
-        share = min(exact - low, 1.0) if high > low else 0.0
+    run: _Runs, model: nn.Module, counts: Mapping[float, list[int]], order: Sequence[str]
+) -> list[dict[str, Any]]:
+    measured = {
+        n: run.decided(model, StaticDrop(order[:n])) for n in sorted(set().union(*counts.values()))
+    }
+    rows = []
+    for budget, around in counts.items():
+        low, high = around[0], around[-1]
+        share = _exact_count(model, budget) - low if high > low else 0.0
         row = _weighted([(measured[low], 1 - share), (measured[high], share)])
-        yield {"budget": budget, **row, "units": [list(order[:n]) for n in pair]}
+        rows.append({"budget": budget, **row, "units": [list(order[:n]) for n in around]})
+    return rows
 
 
 def _weighted(rows: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class KeptKeys:
         self.ring = window + CROP_SLACK if window else 0
         self.sliding = sliding
         self.seen = 0
+        self.furthest = 0  # most columns seen; the ring holds the latest before this one
         self.forgotten = 0  # columns below this were dropped by a sliding layer
         self.lengths = [0] * batch
         self.keys = key_NHD.new_zeros((batch, key_NHD.shape[1], self.ring, key_NHD.shape[2]))
@@ -94,6 +95,7 @@ class KeptKeys:
     def advance(self, tokens: int) -> None:
         """Note that `tokens` more columns have gone by, written or not."""
         self.seen += tokens
+        self.furthest = max(self.furthest, self.seen)
 
     def held(self) -> int:
         """Keys that the policy names now: kept and sink ones (within a sliding window), and the latest skipped."""
@@ -106,15 +108,15 @@ class KeptKeys:
 
     def crop(self, length: int) -> None:
         """Forget the columns from `length` on."""
-        removed = self.seen - length
-        if removed <= 0:
+        if length >= self.seen:
             return
-        if self.ring and removed > CROP_SLACK:
+        overwritten = self.furthest > self.ring and self.furthest - length > CROP_SLACK
+        if self.ring and overwritten:
             raise UnsupportedCallError(
-                f"a cache with kv_window={self.window} can be cropped by at most {CROP_SLACK} tokens, "
-                f"asked for {removed}; start a new cache, or use kv_window=0"
+                f"a cache with kv_window={self.window} can be cropped to at most {CROP_SLACK} tokens before its "
+                f"furthest token ({self.furthest}), asked for {length}; start a new cache, or use kv_window=0"
             )
-        if self.sliding is not None and self.forgotten and length - self.sliding < self.forgotten:
+        if self.sliding is not None and max(length - self.sliding + 1, 0) < self.forgotten:
             raise UnsupportedCallError(
                 f"cannot crop to {length} tokens: keys before column {self.forgotten} have left the sliding "
                 f"window of {self.sliding}; start a new cache"
@@ -140,8 +142,8 @@ class KeptKeys:
         return self.ring + firsts[row_N] + torch.arange(row_N.numel(), device=row_N.device)
 
     def _put(self, row: Tensor, slot: Tensor, column: Tensor, key: Tensor, value: Tensor) -> None:
-        self.keys[row, :, slot] = key
-        self.values[row, :, slot] = value
+        self.keys[row, :, slot] = key.to(self.keys.dtype)
+        self.values[row, :, slot] = value.to(self.values.dtype)
         self.columns_BS[row, slot] = column
 
     def _make_room(self, counts: list[int]) -> None:

@@ -223,13 +223,16 @@ def open_forward(
     thresholds: list[float],
     path: Path,
 ) -> ForwardContext:
-    """Read padding, positions and phase from a decoder's arguments; inputs are ids (B, T) or embeddings (B, T, D)."""
+    """Read padding, positions and phase from a decoder's arguments; inputs are ids (B, T) or embeddings (B, T, D).
+
+    Where `position_ids` start again, a new text of a packed row begins; as in transformers, only without a mask.
+    """
     batch, length = inputs.shape[:2]
     start = int(cache.get_seq_length()) if cache is not None else 0  # type: ignore[attr-defined]
     real_BC = _padding(mask, batch, start, length, inputs.device)
     column_T = torch.arange(start, start + length, device=inputs.device)
     sequence_BT = None
-    if real_BC is None and cache is None and position_ids is not None:
+    if mask is None and position_ids is not None:
         sequence_BT = _packed(position_ids.expand(batch, -1))
     real_BT = (
         torch.ones((batch, length), dtype=torch.bool, device=inputs.device)
@@ -291,14 +294,13 @@ def _positions(
 
 
 def _threshold_column(thresholds: list[float], batch: int, device: torch.device) -> Tensor:
-    if batch % len(thresholds):
+    if not thresholds or batch % len(thresholds):
         raise UnsupportedCallError(
             f"budget must be one number or one a row: got {len(thresholds)} budgets for {batch} rows"
         )
     # Beams and num_return_sequences repeat the rows of a batch.
-    return torch.tensor(thresholds, device=device).repeat_interleave(batch // len(thresholds))[
-        :, None
-    ]
+    values = torch.tensor(thresholds, dtype=torch.float32, device=device)
+    return values.repeat_interleave(batch // len(thresholds))[:, None]
 
 
 def default_path(decoder: nn.Module, routing: Routing) -> Path:

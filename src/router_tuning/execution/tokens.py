@@ -100,7 +100,8 @@ def skipping_attention(
         keys = _all_keys(attention, call, written, context)
     output = call.x_BTD.new_zeros(call.x_BTD.shape)
     if num_kept:
-        output[asked.row_N, asked.token_N] = _attend(attention, call, asked, keys, context)
+        attended_ND = _attend(attention, call, asked, keys, context)
+        output[asked.row_N, asked.token_N] = attended_ND.to(output.dtype)  # autocast changes it
     return output, None
 
 

@@ -1,1 +1,1 @@
-"""Training of routers: the objectives, the budget term, and a `transformers.Trainer` that uses them."""
+"""Training of routers: objectives, the budget term, and a `transformers.Trainer` that uses them."""

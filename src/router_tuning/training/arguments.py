@@ -1,4 +1,7 @@
-"""What `RouterTrainer` can be told, over `transformers.TrainingArguments`. Belongs to one act; an adapter does not save it."""
+"""What `RouterTrainer` can be told, beyond `transformers.TrainingArguments`.
+
+It belongs to one training: an adapter does not save it.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,20 @@ OBJECTIVES = ("distill", "lm")
 
 @dataclass
 class RouterTrainingArguments(TrainingArguments):
-    """Arguments of a router training. Defaults that differ from transformers' are listed here, with why."""
+    """Arguments of a router training; defaults that differ from transformers' are here too."""
 
     objective: str = field(
         default="distill",
         metadata={
-            "help": '"distill": stay close to the same model with routers off (KL, needs no labels); '
+            "help": '"distill": stay close to the same model with routers off (needs no labels); '
             '"lm": predict the labels of the data.'
         },
     )
     budget: float | None = field(
         default=None,
         metadata={
-            "help": "Kept fraction to train for, in (0, 1]. None takes the budget of the adapter's config."
+            "help": "Kept fraction to train for, in (0, 1]. None takes the budget of the adapter's "
+            "config."
         },
     )
     budget_weight: float = field(
@@ -35,22 +39,24 @@ class RouterTrainingArguments(TrainingArguments):
         metadata={"help": "Weight of (kept - target)^2 beside the task's loss (>= 0)."},
     )
     budget_momentum: float = field(
-        default=0.5,
+        default=0.0,
         metadata={
-            "help": "How much of the running mean of the kept fraction an optimizer step leaves, in [0, 1). "
-            "0 uses the kept fraction of each micro-batch alone."
+            "help": "How much of the mean kept fraction survives an optimizer step, in [0, 1). "
+            "0 takes the mean over one step's micro-batches and ranks; more is smoother but late: "
+            "the kept fraction then swings around its target."
         },
     )
     anneal_fraction: float = field(
         default=0.5,
         metadata={
-            "help": "Over this fraction of the steps the target goes from 1 to the budget, in [0, 1]."
+            "help": "The target goes from 1 to the budget over this part of the steps, in [0, 1]."
         },
     )
     distill_positions: float = field(
         default=1.0,
         metadata={
-            "help": "Fraction of the real positions whose KL is computed in training, in (0, 1]. Fewer is faster."
+            "help": "Fraction of the real positions whose KL is computed in training, in (0, 1]. "
+            "Fewer is faster."
         },
     )
     learning_rate: float = field(
@@ -66,8 +72,8 @@ class RouterTrainingArguments(TrainingArguments):
     cooldown_fraction: float = field(
         default=0.25,
         metadata={
-            "help": "With lr_scheduler_type warmup_stable_decay: the learning rate goes to 0 over this last "
-            "fraction of the steps, in [0, 1]."
+            "help": "With lr_scheduler_type warmup_stable_decay: the learning rate goes to 0 over "
+            "this last fraction of the steps, in [0, 1]."
         },
     )
     lr_scheduler_type: str = field(  # constant while the target moves, then down
@@ -98,7 +104,7 @@ class RouterTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.lr_scheduler_type == "warmup_stable_decay" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"decay_type": "linear"}
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self._check()
 
     def _check(self) -> None:
@@ -118,7 +124,8 @@ class RouterTrainingArguments(TrainingArguments):
         ):
             if not ok:
                 raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        checkpointing: Any = self.gradient_checkpointing_kwargs or {}
+        if checkpointing.get("use_reentrant"):
             raise ConfigError(REENTRANT)
 
     def scheduler_kwargs(self, steps: int) -> dict[str, Any]:
@@ -130,6 +137,7 @@ class RouterTrainingArguments(TrainingArguments):
 
 
 REENTRANT = (
-    "reentrant activation checkpointing throws away the graph that the budget's gradient needs, so the routers "
-    'would not learn it; use activation_checkpointing_kwargs={"use_reentrant": False}, which is the default'
+    "reentrant activation checkpointing throws away the graph that the budget's gradient needs, so "
+    "the routers would not learn it; use "
+    'activation_checkpointing_kwargs={"use_reentrant": False}, which is the default'
 )

@@ -1,8 +1,8 @@
-"""The budget term of the training loss: weight * (kept - target)^2, two-sided, one target for all units.
+"""The budget term of the loss: weight * (kept - target)^2, two-sided, one target for all units.
 
-The square's coefficient comes from a running mean over micro-batches and ranks, because the square of one noisy
-mean would also pay for its noise; the gradient comes from the kept fraction of the micro-batch at hand.
-Knows nothing of models, only of records.
+The square's coefficient comes from a mean over micro-batches and ranks, because the square of one
+noisy mean would also pay for its noise; the gradient comes from the micro-batch at hand. Knows
+nothing of models, only of records.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Kept:
     """How much of the routed kinds one forward ran."""
 
     executions: Tensor
-    """Executions of units, over real tokens; unrouted units count. With gradient in the differentiable path."""
+    """Unit executions over real tokens, unrouted units included. Has a gradient in training."""
     possible: Tensor
     """The same number if everything had run."""
 
@@ -31,7 +31,7 @@ class Kept:
 
 
 def count_kept(forward: ForwardRecord, num_units: int) -> Kept:
-    """Count a forward's executions over all `num_units` units of the routed kinds and all real tokens."""
+    """Count a forward's executions over all `num_units` units of the kinds and all real tokens."""
     real_BT = forward.real_BT
     real = real_BT.sum().float()
     executions = (num_units - len(forward.units)) * real
@@ -43,27 +43,35 @@ def count_kept(forward: ForwardRecord, num_units: int) -> Kept:
 
 @dataclass
 class RunningKept:
-    """Kept fraction over the latest micro-batches, weighted by their tokens; saved with a checkpoint."""
+    """Kept fraction over the latest micro-batches, weighted by tokens; saved with a checkpoint.
+
+    Both sums fade alike, so the mean is unbiased from the first micro-batch on.
+    """
 
     executions: float = 0.0
     possible: float = 0.0
 
-    def add(self, executions: float, possible: float, momentum: float) -> float:
-        """Take in one micro-batch and return the mean. Both sums fade alike, so the first mean is unbiased."""
-        self.executions = momentum * self.executions + executions
-        self.possible = momentum * self.possible + possible
+    def fade(self, momentum: float) -> None:
+        """Begin an optimizer step: what earlier steps ran counts less."""
+        self.executions *= momentum
+        self.possible *= momentum
+
+    def add(self, executions: float, possible: float) -> float:
+        """Take in one micro-batch and return the mean."""
+        self.executions += executions
+        self.possible += possible
         return self.executions / max(self.possible, 1e-12)
 
 
 def target_at(step: int, steps: int, budget: float, anneal_fraction: float) -> float:
-    """The target of a step (from 0): linearly from 1 to the budget over the first `anneal_fraction` of the steps."""
+    """The target of a step (from 0): linearly from 1 to the budget, then the budget."""
     anneal_steps = anneal_fraction * steps
     progress = 1.0 if anneal_steps <= 0 else min(step / anneal_steps, 1.0)
     return 1.0 - (1.0 - budget) * progress
 
 
 def budget_term(kept: Tensor, running: float, target: float, weight: float) -> Tensor:
-    """The value weight * (running - target)^2, with the gradient that it would have if kept were running."""
+    """The value weight * (running - target)^2, with its gradient taken to reach `kept`."""
     slope = 2 * weight * (running - target)
     return slope * (kept - kept.detach()) + weight * (running - target) ** 2
 

@@ -1,8 +1,9 @@
 """Losses from last hidden states, a chunk of positions at a time.
 
-Two thousand positions of a 262k vocabulary are 2 GB of fp32 logits, and a softmax needs several such tensors.
-Here the logits of a chunk live only while its loss, and the gradient to its hidden states, are worked out: the
-output embedding is frozen, so the backward pass needs nothing else. Knows nothing of routers or budgets.
+Two thousand positions of a 262k vocabulary are 2 GB of fp32 logits, and a softmax needs several
+such tensors. Here a chunk's logits live only while its loss, and the gradient to its hidden states,
+are worked out: the output embedding is frozen, so the backward pass needs nothing else. Knows
+nothing of routers or budgets.
 
 Shapes: B batch, T tokens, N chosen positions, D hidden, V vocabulary.
 """
@@ -13,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from router_tuning.errors import TrainingError, UnsupportedModelError
 from router_tuning.units import decoder_of, unwrap
@@ -30,23 +31,25 @@ IGNORED = -100
 
 
 def head_of(model: nn.Module) -> Head:
-    """What a causal LM does from its last hidden state to its logits: output embedding and soft cap.
+    """What a causal LM does from last hidden state to logits: output embedding and soft cap.
 
     Raises:
         UnsupportedModelError: the model has no output embedding.
         TrainingError: the output embedding trains, but gradients reach the hidden states only.
     """
     causal = unwrap(model)
-    embedding = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    get = getattr(causal, "get_output_embeddings", None)
+    embedding = get() if callable(get) else None
     if not isinstance(embedding, nn.Module):
         raise UnsupportedModelError(
-            f"training needs a causal language model with an output embedding, got {type(causal).__name__}; "
-            f"load it with AutoModelForCausalLM"
+            "training needs a causal language model with an output embedding, got "
+            f"{type(causal).__name__}; load it with AutoModelForCausalLM"
         )
     if any(p.requires_grad for p in embedding.parameters()):
         raise TrainingError(
-            "the output embedding has trainable parameters, but only routers are trained; freeze the base model "
-            "(get_peft_model does) or call model.requires_grad_(False) before attaching the routers"
+            "the output embedding has trainable parameters, but only routers are trained; freeze "
+            "the base model (get_peft_model does) or call model.requires_grad_(False) before "
+            "attaching the routers"
         )
     cap: float | None = getattr(decoder_of(model).config, "final_logit_softcapping", None)
     if not cap:
@@ -57,13 +60,13 @@ def head_of(model: nn.Module) -> Head:
 def distill_loss(
     student_ND: Tensor, teacher_ND: Tensor, head: Head, *, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
-    """Mean KL(teacher || student) over the positions, in nats, with gradient to the student's hidden states."""
+    """Mean KL(teacher || student) over the positions in nats; gradient to the student only."""
 
     def kl(hidden_nD: Tensor, start: int) -> Tensor:
         with torch.no_grad():
             teacher_nV = head(teacher_ND[start : start + len(hidden_nD)]).float().log_softmax(-1)
         student_nV = head(hidden_nD).float().log_softmax(-1)
-        return F.kl_div(student_nV, teacher_nV, reduction="sum", log_target=True)
+        return functional.kl_div(student_nV, teacher_nV, reduction="sum", log_target=True)
 
     return _sum_over_chunks(student_ND, kl, head, chunk_bytes) / max(len(student_ND), 1)
 
@@ -71,11 +74,13 @@ def distill_loss(
 def lm_loss(
     hidden_ND: Tensor, target_N: Tensor, head: Head, *, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
-    """Sum of the cross entropies to the target tokens, in nats, with gradient to the hidden states."""
+    """Sum of the cross entropies to the target tokens, in nats."""
 
     def cross_entropy(hidden_nD: Tensor, start: int) -> Tensor:
         logits_nV = head(hidden_nD).float()
-        return F.cross_entropy(logits_nV, target_N[start : start + len(hidden_nD)], reduction="sum")
+        return functional.cross_entropy(
+            logits_nV, target_N[start : start + len(hidden_nD)], reduction="sum"
+        )
 
     return _sum_over_chunks(hidden_ND, cross_entropy, head, chunk_bytes)
 
@@ -98,12 +103,12 @@ def _sum_over_chunks(
     with torch.no_grad():
         vocabulary = head(hidden_ND[:1]).shape[-1]
     rows = max(chunk_bytes // (4 * vocabulary), 1)
-    total: Tensor = _ChunkedSum.apply(hidden_ND, chunk_loss, rows)
+    total: Tensor = _ChunkedSum.apply(hidden_ND, chunk_loss, rows)  # type: ignore[no-untyped-call]
     return total
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Works out the gradient along with the loss, while a chunk's logits are there; backward only scales it."""
+    """Works out the gradient along with the loss; backward only scales it."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, chunk_loss: ChunkLoss, rows: int) -> Tensor:

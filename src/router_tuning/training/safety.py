@@ -1,4 +1,4 @@
-"""Stopping a training without losing it: Ctrl-C at a step's end, complete checkpoints, folders that can be written."""
+"""Stopping a training without losing it: Ctrl-C, complete checkpoints, writable folders."""
 
 from __future__ import annotations
 
@@ -72,6 +72,6 @@ def check_writable(folder: str) -> None:
             file.write(b"x")
     except OSError as error:
         raise TrainingError(
-            f"cannot write to the output folder {folder}: {error.strerror or error}; free space there, or give "
-            f"another output folder"
+            f"cannot write to the output folder {folder}: {error.strerror or error}; free space "
+            "there, or give another output folder"
         ) from error

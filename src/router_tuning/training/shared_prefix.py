@@ -1,8 +1,8 @@
 """Run the layers below the first routed one once for two passes over the same tokens.
 
-Below the first routed layer the dense and the routed pass compute the same thing. The first pass captures what
-the last of these layers returned; in the second, all of them return that instead of running. Their forwards are
-set on the instances inside a `with` block and put back when it ends, whatever happens.
+Below the first routed layer the dense and the routed pass compute the same thing. The first pass
+captures what the last of these layers returned; in the second, all of them return that instead of
+running. Their forwards are set on the instances inside a `with` block and put back when it ends.
 """
 
 from __future__ import annotations

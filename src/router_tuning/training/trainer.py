@@ -1,9 +1,9 @@
 """A `transformers.Trainer` that trains routers: loss = task + weight * (kept - target)^2.
 
-`RouterTrainerMixin` adds the budget to any Trainer's `compute_loss`; `RouterTrainer` is the mixin over the plain
-Trainer. The base model stays frozen, so a checkpoint holds the routers, the optimizer and the running mean of
-the budget, and a resumed run gives the losses of an uninterrupted one. Ctrl-C, and a loss or gradient that is
-not finite, leave a checkpoint of the last good step behind.
+`RouterTrainerMixin` adds the budget to any Trainer's `compute_loss`; `RouterTrainer` is the mixin
+over the plain Trainer. The base model stays frozen, so a checkpoint holds the routers, the
+optimizer and the budget's running mean, and a resumed run gives the losses of an uninterrupted one.
+Ctrl-C, and a loss or gradient that is not finite, leave a checkpoint of the last good step behind.
 
 Shapes: B batch, T tokens, N chosen positions, D hidden.
 """
@@ -69,9 +69,10 @@ class RouterTrainerMixin(_Trainer):
         _check_arguments(args)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, args, **kwargs)
-        _check_model(self.model, args)
+        _check_model(self.routed, args)
         self._use_cache = use_cache
-        routing = routing_of(self.model)
+        self._folder = str(args.output_dir)
+        routing = routing_of(self.routed)
         self.budget = check_budget(routing.config.budget if args.budget is None else args.budget)
         if args.objective == "distill":
             # Its loss is a mean of the micro-batch, not a sum over labels: the Trainer divides it.
@@ -83,8 +84,14 @@ class RouterTrainerMixin(_Trainer):
         self._stop = StopRequest()
         self._sums: dict[str, float] = defaultdict(float)
         self._evaluated = [0.0, 0.0]
-        self._head: Head | None = None
+        self._head_checked = False
         self.add_callback(_StepWatch(self))
+
+    @property
+    def routed(self) -> nn.Module:
+        """The model with the routers, not wrapped for several devices."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
 
     # ---- loss ----
 
@@ -96,7 +103,7 @@ class RouterTrainerMixin(_Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss, plus the budget term where gradients are wanted."""
-        with record(self.model) as trace:
+        with record(self.routed) as trace:
             task, outputs = self.task_loss(model, inputs, num_items_in_batch)
         if not trace.forwards:
             raise TrainingError(
@@ -118,12 +125,13 @@ class RouterTrainerMixin(_Trainer):
     def task_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Any]:
-        """The objective without the budget, and the model's outputs. The routed forward must be the last one."""
+        """The objective without the budget, and the outputs; the routed forward comes last."""
         if self.args.objective == "distill":
             return self._distill(model, inputs)
-        return super().compute_loss(
+        loss_and_outputs: Any = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
+        return loss_and_outputs
 
     def _distill(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
@@ -131,27 +139,27 @@ class RouterTrainerMixin(_Trainer):
         with reuse_prefix(prefix):
             student_BTD, outputs = self._hidden(model, inputs)
         chosen_BT = self._choose(_real(inputs, student_BTD))
-        loss = distill_loss(
-            student_BTD[chosen_BT], teacher_BTD[chosen_BT], self._logits_of(student_BTD, outputs)
-        )
+        with self.accelerator.autocast():
+            head = self._logits_of(student_BTD, outputs)
+            loss = distill_loss(student_BTD[chosen_BT], teacher_BTD[chosen_BT], head)
         return loss, outputs
 
     def _teacher(self, inputs: dict[str, Any]) -> tuple[Tensor, Prefix]:
-        """The dense model's last hidden states, without dropout, and what its lower layers computed."""
-        training = self.model.training
-        with torch.no_grad(), dense(self.model), capture_prefix(self.model) as prefix:
-            self.model.eval()
+        """Last hidden states of the dense model (no dropout), and what its lower layers gave."""
+        training = self.routed.training
+        with torch.no_grad(), dense(self.routed), capture_prefix(self.routed) as prefix:
+            self.routed.eval()
             try:
-                hidden_BTD, _ = self._hidden(self.model, inputs)
+                hidden_BTD, _ = self._hidden(self.routed, inputs)
             finally:
-                self.model.train(training)
+                self.routed.train(training)
         return hidden_BTD, prefix
 
     def _hidden(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """Last hidden states, and outputs with the logits of the last column only."""
         found: list[Tensor] = []
-        # Called through `model`, which may be wrapped for several devices, and caught at the decoder.
-        handle = decoder_of(self.model).register_forward_hook(
+        # Called through `model`, which may be wrapped, and caught at the decoder.
+        handle = decoder_of(self.routed).register_forward_hook(
             lambda module, args, output: found.append(output[0])
         )
         try:
@@ -162,17 +170,17 @@ class RouterTrainerMixin(_Trainer):
 
     def _logits_of(self, hidden_BTD: Tensor, outputs: Any) -> Head:
         """The model's head, compared once with the model's own logits."""
-        head = head_of(self.model)
-        if self._head is None:
+        head = head_of(self.routed)
+        if not self._head_checked:
             with torch.no_grad():
                 _check_head(
-                    head(hidden_BTD[:, -1]).float(), outputs.logits[:, -1].float(), self.model
+                    head(hidden_BTD[:, -1]).float(), outputs.logits[:, -1].float(), self.routed
                 )
-            self._head = head
+            self._head_checked = True
         return head
 
     def _choose(self, real_BT: Tensor) -> Tensor:
-        """The positions whose KL is computed: all real ones, or a part of them that the seed and the step fix."""
+        """Where the KL is computed: all real positions, or a part that seed and step fix."""
         if self.args.distill_positions == 1.0 or not torch.is_grad_enabled():
             return real_BT
         key = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
@@ -198,14 +206,14 @@ class RouterTrainerMixin(_Trainer):
         target = target_at(
             self.state.global_step, self.state.max_steps, self.budget, args.anneal_fraction
         )
-        # The momentum is one of optimizer steps, however many micro-batches they have.
-        momentum = args.budget_momentum ** (1 / args.gradient_accumulation_steps)
-        running = self._running.add(executions, possible, momentum)
+        if self._micro_batch == 0:
+            self._running.fade(args.budget_momentum)
+        running = self._running.add(executions, possible)
         loss = budget_term(kept.fraction, running, target, args.budget_weight)
         self._micro_batch += 1
         for name, value in (
             ("task_loss", mine[2]),
-            ("budget_loss", float(loss)),
+            ("budget_loss", args.budget_weight * (running - target) ** 2),
             ("kept", executions / possible),
             ("target", target),
             ("number", 1.0),
@@ -216,18 +224,25 @@ class RouterTrainerMixin(_Trainer):
     # ---- optimizer, evaluation, logs ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the arguments, with a learning rate of its own for the routers' scalar biases."""
+        """The optimizer of the arguments, with the biases' own learning rate."""
         if self.optimizer is None:
-            model = self.model if model is None else model
+            model = self.routed if model is None else model
             trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            biases = [p for name, p in trained if name.endswith("bias") and p.numel() == 1]
-            weights = [p for _, p in trained if all(p is not bias for bias in biases)]
+            biases = {p for name, p in trained if name.endswith("bias") and p.numel() == 1}
             args = self.args
             groups = [
-                {"params": weights, "lr": args.learning_rate, "weight_decay": args.weight_decay},
-                {"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0},
+                {
+                    "params": [p for _, p in trained if p not in biases],
+                    "lr": args.learning_rate,
+                    "weight_decay": args.weight_decay,
+                },
+                {
+                    "params": [p for _, p in trained if p in biases],
+                    "lr": args.bias_learning_rate,
+                    "weight_decay": 0.0,
+                },
             ]
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
             self.optimizer = optimizer_class(
                 [group for group in groups if group["params"]], **kwargs
             )
@@ -270,11 +285,12 @@ class RouterTrainerMixin(_Trainer):
         )
         executions, possible = all_reduce_sum(self._evaluated, self.args.device)
         if possible:
+            assert output.metrics is not None
             output.metrics[f"{metric_key_prefix}_kept"] = executions / possible
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, with task loss, budget loss, kept fraction and target as means since the last log."""
+        """The Trainer's, with the parts of the loss and what was kept: means since the last log."""
         number = self._sums.pop("number", 0.0)
         if "loss" in logs and number:
             logs.update({name: value / number for name, value in self._sums.items()})
@@ -291,7 +307,8 @@ class RouterTrainerMixin(_Trainer):
         """Train; `resume_from_checkpoint=True` continues from the last complete checkpoint.
 
         Raises:
-            TrainingError: a loss or gradient is not finite, nothing to resume from, or a checkpoint cannot be written.
+            TrainingError: a loss or gradient is not finite, there is nothing to resume from, or a
+                checkpoint cannot be written.
             KeyboardInterrupt: Ctrl-C, after a checkpoint of the last complete step was saved.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -299,7 +316,7 @@ class RouterTrainerMixin(_Trainer):
         self._good = replace(self._running)
         self._micro_batch, self._mid_update = 0, False
         self._sums.clear()
-        config = routing_of(self.model).config
+        config = routing_of(self.routed).config
         # Moved routers have no calibrated thresholds; training decides at the routers' own.
         config.calibration, config.default_budget = [], None
         try:
@@ -311,7 +328,7 @@ class RouterTrainerMixin(_Trainer):
             raise KeyboardInterrupt(f"training stopped; {self._keep_last_good()}") from None
         finally:
             if self._use_cache is not None:  # the Trainer switches it off
-                self.model.config.use_cache = self._use_cache
+                self.routed.config.use_cache = self._use_cache  # type: ignore[union-attr]
 
     def stop_if_asked(self) -> None:
         """Turn a Ctrl-C that was pressed during the last step into the exception."""
@@ -325,19 +342,19 @@ class RouterTrainerMixin(_Trainer):
         raise TrainingError(
             f"{what} in step {self.state.global_step + 1}; {saved}. Try a lower learning_rate (now "
             f"{args.learning_rate:g}) and bias_learning_rate (now {args.bias_learning_rate:g}), "
-            f"{'float32 instead of half precision, ' if args.bf16 or args.fp16 else ''}or look for broken rows in the data"
+            f"{'float32 instead of half precision, ' if args.bf16 or args.fp16 else ''}or look for "
+            "broken rows in the data"
         )
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
         if asked is None or asked is False:
             return None
-        found = (
-            last_complete_checkpoint(self.args.output_dir) if asked is True else Path(str(asked))
-        )
+        found = last_complete_checkpoint(self._folder) if asked is True else Path(str(asked))
         if found is None or not found.is_dir():
             raise TrainingError(
-                f"no complete checkpoint to resume from in {self.args.output_dir if asked is True else asked}; "
-                f"train without resume_from_checkpoint to start anew"
+                "no complete checkpoint to resume from in "
+                f"{self._folder if asked is True else asked}; train without "
+                "resume_from_checkpoint to start anew"
             )
         return str(found)
 
@@ -347,11 +364,14 @@ class RouterTrainerMixin(_Trainer):
         if step == 0:
             return "no step was completed, so nothing was saved"
         if self._mid_update:
-            return "the step was cut short while it changed the routers, so the last checkpoint on disk is the last good one"
-        if not isinstance(self.model, PeftModel):
+            return (
+                "the step was cut short while it changed the routers, so nothing new was saved; "
+                "resume_from_checkpoint=True continues from the last checkpoint on disk"
+            )
+        if not isinstance(self.routed, PeftModel):
             return "nothing was saved, since the model is not a PEFT model"
-        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if last_complete_checkpoint(self.args.output_dir) != folder:
+        folder = Path(self._folder) / f"checkpoint-{step}"
+        if last_complete_checkpoint(self._folder) != folder:
             self._running = replace(self._good)
             self._save_checkpoint(self.model_wrapped, trial=None)
         return f"step {step} is saved in {folder}, resume_from_checkpoint=True continues from there"
@@ -361,7 +381,7 @@ class RouterTrainerMixin(_Trainer):
         existed = folder.exists()
         try:
             if self.args.should_save:
-                # Before transformers' own files: a checkpoint that has its last file then has this one too.
+                # Before transformers' own files, the last of which marks a complete checkpoint.
                 _write_state(folder, self._running)
             super()._save_checkpoint(model, trial)
         except (
@@ -372,14 +392,15 @@ class RouterTrainerMixin(_Trainer):
             if not existed:
                 shutil.rmtree(folder, ignore_errors=True)
             raise TrainingError(
-                f"the checkpoint of step {self.state.global_step} cannot be written to {folder}: {error}; free space "
-                f"there or make it writable, then train(resume_from_checkpoint=True) continues from the last "
-                f"checkpoint that was written"
+                f"the checkpoint of step {self.state.global_step} cannot be written to {folder}: "
+                f"{error}; free space there or make it writable, then "
+                "train(resume_from_checkpoint=True) continues from the last checkpoint that was "
+                "written"
             ) from error
 
 
 class RouterTrainer(RouterTrainerMixin, Trainer):
-    """Trains the routers of a PEFT model, or (with save_strategy="no") of a model with attached routers.
+    """Trains the routers of a PEFT model, or (save_strategy="no") of a model after `attach`.
 
     >>> model = get_peft_model(model, RouterTuningConfig(granularity="attn_token", budget=0.8))
     >>> args = RouterTrainingArguments(output_dir="out", max_steps=120)
@@ -398,14 +419,16 @@ class RouterTrainer(RouterTrainerMixin, Trainer):
             return super().task_loss(model, inputs, num_items_in_batch)
         if "labels" not in inputs:
             raise TrainingError(
-                f'objective "lm" needs labels, but the batch has only {", ".join(inputs)}; add labels '
-                f'(-100 where there is no loss), or use objective "distill", which needs none'
+                f'objective "lm" needs labels, but the batch has only {", ".join(inputs)}; add '
+                'labels (-100 where there is no loss), or use objective "distill", which needs '
+                "none"
             )
         inputs = dict(inputs)
         labels_BT = inputs.pop("labels")
         hidden_BTD, outputs = self._hidden(model, inputs)
         hidden_ND, target_N = shifted_targets(hidden_BTD, labels_BT)
-        loss = lm_loss(hidden_ND, target_N, self._logits_of(hidden_BTD, outputs))
+        with self.accelerator.autocast():
+            loss = lm_loss(hidden_ND, target_N, self._logits_of(hidden_BTD, outputs))
         if num_items_in_batch is None:
             return loss / max(len(target_N), 1), outputs
         # Counted over all ranks; data parallelism then takes the mean of the ranks' gradients.
@@ -420,7 +443,7 @@ class _StepWatch(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        _check_checkpointing(self.trainer.model)
+        _check_checkpointing(self.trainer.routed)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.stop_if_asked()
@@ -434,7 +457,7 @@ class _StepWatch(TrainerCallback):
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         # In fp16 the gradient scaler skips steps that overflow; that is how it finds its scale.
-        if trainer.accelerator.scaler is None and not _finite_gradients(trainer.model):
+        if trainer.accelerator.scaler is None and not _finite_gradients(trainer.routed):
             trainer.stop_unstable("a gradient is not finite")
         trainer._mid_update = True
 
@@ -465,11 +488,11 @@ def _check_arguments(args: Any) -> None:
         raise ConfigError(f"args must be RouterTrainingArguments, got {type(args).__name__}")
     if args.n_gpu > 1:
         raise ConfigError(
-            "several GPUs in one process (nn.DataParallel) are not supported; start one process a GPU with "
-            "`torchrun --nproc-per-node`, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
+            "several GPUs in one process (nn.DataParallel) are not supported; start one process a "
+            "GPU with `torchrun --nproc-per-node`, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     if args.should_save:
-        check_writable(args.output_dir)
+        check_writable(str(args.output_dir))
 
 
 def _check_model(model: nn.Module, args: RouterTrainingArguments) -> None:
@@ -505,8 +528,9 @@ def _check_head(ours_BV: Tensor, models_BV: Tensor, model: nn.Module) -> None:
     scale = models_BV.abs().max().clamp(min=1e-6)
     if models_BV.isfinite().all() and ((ours_BV - models_BV).abs().max() / scale) > 0.05:
         raise TrainingError(
-            f"{type(model).__name__} does more from its last hidden state to its logits than an output embedding "
-            f"and a soft cap, so its loss cannot be computed in chunks; use another model, or report it"
+            f"{type(model).__name__} does more from its last hidden state to its logits than an "
+            "output embedding and a soft cap, so its loss cannot be computed in chunks; use "
+            "another model, or report it"
         )
 
 
@@ -525,6 +549,6 @@ def _read_state(checkpoint: str | None) -> RunningKept:
         return RunningKept(**json.loads(path.read_text())["running_kept"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(
-            f"{path} cannot be read ({error}); it was not written by RouterTrainer, or is damaged: resume from an "
-            f"earlier checkpoint"
+            f"{path} cannot be read ({error}); it was not written by RouterTrainer, or is damaged: "
+            "resume from an earlier checkpoint"
         ) from error

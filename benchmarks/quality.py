@@ -1,0 +1,219 @@
+"""Loss against kept fraction: tune, calibrate and sweep each setting over seeds, with controls in the same run.
+
+Writes one JSON, and rewrites it after every piece, so that an interrupted run keeps what it has and
+`--continue` goes on where it stopped. Example:
+
+    python benchmarks/quality.py --model smollm2-135m --train alpaca_train.jsonl \\
+        --report alpaca=alpaca_report.jsonl --report wikitext=wikitext2_valid.txt \\
+        --settings kept_window,all --seeds 0,1,2 --json benchmarks/results/quality-smollm2-135m.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from router_tuning import RouterTuningConfig, calibrate_windows
+from router_tuning.baselines import StaticDrop, cosine_order, greedy_order
+from router_tuning.cli.records import device_name, peak_rss_mb, versions, write_json
+from router_tuning.data import WindowDataset, Windows, load_examples, make_windows
+from router_tuning.embedded import load_model, load_tokenizer
+from router_tuning.evaluation.perplexity import window_loss
+from router_tuning.execution.context import decided_by, record
+from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "kept": {"granularity": "attn_token", "kv": "kept"},
+    "kept_window": {"granularity": "attn_token", "kv": "kept", "kv_sink": 4, "kv_window": 16},
+    "all": {"granularity": "attn_token", "kv": "all"},
+    "sequence": {"granularity": "attn_sequence", "kv": "all"},
+    "learned_static": {"granularity": "attn_token", "kv": "all", "router": "bias"},
+}
+
+
+def main() -> None:
+    options = _options()
+    path = Path(options.json)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    model = load_model(options.model)
+    model.requires_grad_(False)
+    tokenizer = load_tokenizer(options.model)
+    material = _material(options, tokenizer)
+    document = json.loads(path.read_text()) if options.resume and path.exists() else {"runs": []}
+    document["run"] = _about(options, model, document.get("run"))
+    started = time.time()
+
+    def save() -> None:
+        document["run"]["seconds"] = round(time.time() - started, 1)
+        document["run"]["peak_rss_mb"] = peak_rss_mb()
+        write_json(path, document)
+
+    if "dense" not in document:
+        with torch.no_grad():
+            document["dense"] = {name: _loss(model, w) for name, w in material["report"].items()}
+        save()
+        _say("dense", document["dense"])
+    done = {(run["setting"], run["seed"]) for run in document["runs"]}
+    for seed in options.seeds:
+        for setting in options.settings:
+            if (setting, seed) not in done:
+                document["runs"].append(_run(options, model, material, setting, seed))
+                save()
+    if options.static and "static" not in document:
+        document["static"] = _static(options, model, material)
+        save()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--report", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--settings", type=lambda s: s.split(","), default=list(SETTINGS))
+    parser.add_argument("--seeds", type=_numbers(int), default=[0])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--budget", type=float, default=0.75)
+    parser.add_argument("--budgets", type=_numbers(float), default=[0.9, 0.85, 0.8, 0.75, 0.7])
+    parser.add_argument("--positions", type=float, default=0.5)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--bias-learning-rate", type=float, default=1e-1)
+    parser.add_argument("--calibration-windows", type=int, default=16)
+    parser.add_argument("--report-windows", type=int, default=32)
+    parser.add_argument("--static", type=_numbers(int), default=[], help="numbers of units to drop")
+    parser.add_argument("--greedy-windows", type=int, default=4)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--continue", dest="resume", action="store_true")
+    return parser.parse_args()
+
+
+def _numbers(kind: type) -> Any:
+    return lambda text: [kind(part) for part in text.split(",") if part]
+
+
+def _material(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """Windows to train on, to calibrate and choose on, and to report on: never the same text."""
+    needed = options.steps * options.batch_size + options.calibration_windows
+    windows = make_windows(tokenizer, load_examples(options.train), limit=needed)
+    held = range(len(windows) - options.calibration_windows, len(windows))
+    report = {}
+    for item in options.report:
+        name, _, file = item.partition("=")
+        report[name] = make_windows(tokenizer, load_examples(file), limit=options.report_windows)
+    return {
+        "train": windows.take(range(held.start)),
+        "held_back": windows.take(held),
+        "report": report,
+    }
+
+
+def _about(options: argparse.Namespace, model: Any, before: dict[str, Any] | None) -> dict[str, Any]:
+    parameter = next(model.parameters())
+    commands = [*(before or {}).get("commands", []), shlex.join(["python", *sys.argv])]
+    return {
+        "commands": commands,
+        "model": options.model,
+        "train_tokens": options.steps * options.batch_size * 256,
+        "versions": versions(),
+        "device": device_name(parameter.device),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _run(
+    options: argparse.Namespace, model: Any, material: dict[str, Any], setting: str, seed: int
+) -> dict[str, Any]:
+    """Tune one adapter and sweep it over the budgets."""
+    torch.manual_seed(seed)
+    started = time.time()
+    routed = get_peft_model(model, RouterTuningConfig(budget=options.budget, **SETTINGS[setting]))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = RouterTrainingArguments(
+            output_dir=folder,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            distill_positions=options.positions,
+            learning_rate=options.learning_rate,
+            bias_learning_rate=options.bias_learning_rate,
+            seed=seed,
+            save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
+        )
+        trainer = RouterTrainer(
+            routed, arguments, train_dataset=WindowDataset(material["train"])
+        )
+        trainer.train()
+    trained = time.time()
+    entries = calibrate_windows(routed, material["held_back"], options.budgets)
+    run = {
+        "setting": setting,
+        "config": SETTINGS[setting],
+        "seed": seed,
+        "trainable": sum(p.numel() for p in routed.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_seconds": round(trained - started, 1),
+        "log": [entry for entry in trainer.state.log_history if "kept" in entry],
+        "calibration": entries,
+        "routed": {name: [_row(routed, w, b) for b in options.budgets] for name, w in material["report"].items()},
+    }
+    routed.unload()
+    _say(f"{setting} seed {seed}", run["routed"])
+    return run
+
+
+def _loss(model: Any, windows: Windows) -> dict[str, Any]:
+    result = window_loss(model, windows)
+    return {"loss": result.loss, "answer_loss": result.answer_loss, "tokens": result.tokens}
+
+
+def _row(model: Any, windows: Windows, budget: float) -> dict[str, Any]:
+    with record(model) as trace:
+        result = window_loss(model, windows, budget=budget)
+    return {
+        "budget": budget,
+        "kept_fraction": trace.kept_fraction(),
+        "loss": result.loss,
+        "answer_loss": result.answer_loss,
+    }
+
+
+def _static(options: argparse.Namespace, model: Any, material: dict[str, Any]) -> dict[str, Any]:
+    """Both static controls, at whole numbers of dropped units."""
+    routed = get_peft_model(model, RouterTuningConfig(kv="all"))
+    held = material["held_back"]
+    orders = {
+        "cosine": cosine_order(routed, held),
+        "greedy": greedy_order(routed, held.take(range(options.greedy_windows)), max(options.static)),
+    }
+    found: dict[str, Any] = {"orders": orders}
+    for name, windows in material["report"].items():
+        found[name] = {}
+        for kind, order in orders.items():
+            rows = []
+            for number in options.static:
+                with decided_by(routed, StaticDrop(order[:number])), record(routed) as trace:
+                    loss = window_loss(routed, windows, budget=1.0).loss
+                rows.append({"units": number, "kept_fraction": trace.kept_fraction(), "loss": loss})
+            found[name][kind] = rows
+            _say(f"static {kind}", {name: rows})
+    routed.unload()
+    return found
+
+
+def _say(what: str, rows: Any) -> None:
+    print(what, json.dumps(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""`router-tuning demo`: the whole job on a real model, small enough for a laptop."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from router_tuning.cli.console import say, show, stdout
+from router_tuning.cli.options import (
+    ConfigFile,
+    Debug,
+    Device,
+    JsonFile,
+    Seed,
+    budgets_in,
+    check_writable_folder,
+)
+from router_tuning.cli.records import run_record, write_json
+from router_tuning.errors import ConfigError
+
+RESULT = "demo.json"
+FIGURE = "demo.png"
+PROMPT = "Give me three tips for learning a new language."
+
+
+def demo(
+    ctx: typer.Context,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where everything goes.")
+    ] = Path("router-tuning-demo"),
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="M", help="smollm2-135m, gemma3-270m, a hub id or a folder."
+        ),
+    ] = "smollm2-135m",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 40,
+    prompts: Annotated[
+        int,
+        typer.Option("--prompts", min=10, max=300, help="Shipped prompts that the model answers."),
+    ] = 64,
+    answer_tokens: Annotated[
+        int, typer.Option("--answer-tokens", min=8, help="Length of an answer, at most.")
+    ] = 48,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Windows of one step.")
+    ] = 2,
+    length: Annotated[int, typer.Option("--length", min=16, help="Tokens of a window.")] = 128,
+    budget: Annotated[float, typer.Option("--budget", help="Kept fraction to train for.")] = 0.75,
+    budgets: Annotated[str, typer.Option("--budgets", help="Budgets to measure.")] = "0.9,0.8,0.7",
+    prompt: Annotated[str, typer.Option("--prompt", help="Answered dense and routed.")] = PROMPT,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Length of those two answers, at most.")
+    ] = 48,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder that holds something else.")
+    ] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Tune attention routers for SmolLM2-135M, measure them beside controls, and use them.
+
+    Needs no data: the frozen model answers shipped prompts, some of which are held back to measure
+    on. Takes about five minutes on two CPU cores.
+    """
+    started = time.time()
+    wanted = budgets_in(budgets)
+    from router_tuning.cli.tuning import Settings
+
+    settings = Settings(
+        model=model,
+        granularity="attn_token",
+        kv="kept",
+        budget=budget,
+        steps=steps,
+        batch_size=batch_size,
+        length=length,
+        prompts=prompts,
+        answer_tokens=answer_tokens,
+        seed=seed,
+    )
+    settings.routing()
+    _prepare_folder(out, overwrite)
+    result = _run(settings, out, wanted, device, prompt, max_new_tokens)
+    result["run"] = run_record(
+        ctx, started=started, model=result.pop("model"), seeds=[seed], data=result.pop("data")
+    )
+    write_json(out / RESULT, result)
+    if json_file is not None:
+        write_json(json_file, result)
+    _show_result(result, out)
+
+
+def _run(
+    settings: Any,
+    out: Path,
+    budgets: tuple[float, ...],
+    device: str,
+    prompt: str,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """All the steps; returns the result."""
+    from router_tuning.cli import tuning
+    from router_tuning.cli.adapters import load_base
+    from router_tuning.cli.comparison import compare, demo_text
+    from router_tuning.peft_tuner import save_adapter
+    from router_tuning.report.figures import loss_figure
+
+    base = load_base(settings.model, "auto", device)
+    text = demo_text(settings, base)
+    model = tuning.attach_routers(base.model, settings)
+    tuning.train(model, settings, text.material, out, evaluate=False)
+    tuning.calibrate_what_can_be_met(model, text.material.held_out, budgets)
+    tuning.choose_default(model, settings.budget)
+    save_adapter(model, out)
+    tuning.remove_tuning(out)  # nothing to resume: the adapter is there
+    calibrated = tuning.calibrated_budgets(model)
+    result = compare(model, text, calibrated, settings.seed)
+    loss_figure(
+        result,
+        out / FIGURE,
+        f"{settings.model}: attention skipped, {_tokens(result)} tokens of text",
+    )
+    result["answers"] = _answers(model, base, prompt, calibrated, max_new_tokens, settings.seed)
+    return {**result, "model": model, "data": text.names}
+
+
+def _answers(
+    model: Any,
+    base: Any,
+    prompt: str,
+    budgets: list[float],
+    max_new_tokens: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The dense answer, and a routed one at the middle budget."""
+    from router_tuning.cli.adapters import Loaded
+    from router_tuning.cli.generation import answer
+
+    loaded = Loaded(model, base.tokenizer, base.name)
+    found = []
+    show(f"\n> {prompt}")
+    for budget in (1.0, budgets[len(budgets) // 2]):
+        show(f"\n{'dense' if budget == 1.0 else f'budget {budget:g}'}:")
+        found.append(
+            answer(loaded, prompt, budget=budget, max_new_tokens=max_new_tokens, seed=seed)
+        )
+    return found
+
+
+def _prepare_folder(out: Path, overwrite: bool) -> None:
+    """Make the folder ready; one that holds something else than a demo is refused."""
+    from router_tuning.cli.tuning import remove_tuning
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; wanted a folder")
+    own = (out / RESULT).is_file() or (out / "checkpoints").is_dir()
+    if out.is_dir() and any(out.iterdir()) and not own and not overwrite:
+        raise ConfigError(
+            f"--out {out} is not empty and holds no demo; give another folder, or --overwrite "
+            f"to write into it"
+        )
+    check_writable_folder(out)
+    remove_tuning(out)
+
+
+def _tokens(result: dict[str, Any]) -> int:
+    return int(result["dense"]["tokens"])
+
+
+def _show_result(result: dict[str, Any], out: Path) -> None:
+    from router_tuning.cli.generate import summary
+    from router_tuning.report.tables import evaluation_table
+
+    show()
+    stdout().print(evaluation_table(result))
+    show(
+        f"Losses are nats a token over {_tokens(result)} tokens that nothing was tuned or "
+        f"chosen on."
+    )
+    show(f"The routed answer {summary(result['answers'][-1])}.")
+    run = result["run"]
+    memory = "" if run["peak_rss_mb"] is None else f", {run['peak_rss_mb'] / 1000:.1f} GB of memory"
+    say(f"{run['seconds']:.0f} s{memory}")
+    show(f"\nAdapter  {out}\nFigure   {out / FIGURE}\nNumbers  {out / RESULT}\n\nNext:")
+    show(f'  router-tuning generate --adapter {out} --budget 0.85 --prompt "What is a router?"')
+    show(f"  router-tuning eval --adapter {out} --data YOUR.jsonl --budgets 0.9,0.8 --compare")
+    show("  router-tuning tune --model smollm2-135m --out my-adapter    (longer, and better)")

@@ -1,0 +1,194 @@
+"""Options that several verbs share, and how their text is read. Imports no torch."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from router_tuning.config import check_budget
+from router_tuning.errors import ConfigError
+
+NOT_IN_FILES = {"config", "help"}
+
+
+# --- Reading text ---------------------------------------------------------------------------------
+
+
+def budgets_in(text: str) -> tuple[float, ...]:
+    """`0.9,0.8` as numbers in (0, 1], largest first, each once.
+
+    Raises:
+        ConfigError: not numbers, or none.
+        BudgetError: out of range.
+    """
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ConfigError(f"--budgets wants numbers such as 0.9,0.8,0.7, got {text!r}") from error
+    if not found:
+        raise ConfigError("--budgets is empty; wanted numbers such as 0.9,0.8,0.7")
+    return tuple(sorted({check_budget(b) for b in found}, reverse=True))
+
+
+def layers_in(text: str | None) -> list[int] | None:
+    """`0-5,8` as indices; None for all layers.
+
+    Raises:
+        ConfigError: not such a list.
+    """
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            layers |= set(range(int(first), int(last if dash else first) + 1))
+        except ValueError as error:
+            raise ConfigError(f"--layers wants indices such as 0-5,8, got {text!r}") from error
+    return sorted(layers)
+
+
+def check_writable_folder(folder: Path) -> None:
+    """Make a folder and write to it once, before hours are spent.
+
+    Raises:
+        ConfigError: it cannot be made, or takes no file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to the folder {folder}: {error.strerror or error}; free space there, "
+            f"make it writable, or give another one"
+        ) from error
+
+
+# --- Callbacks ------------------------------------------------------------------------------------
+
+
+def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Let a YAML file give the defaults of this verb's options; the command line wins."""
+    if path is not None:
+        ctx.default_map = {**(ctx.default_map or {}), **_defaults_in(path, ctx.command.params)}
+    return path
+
+
+def _defaults_in(path: Path, params: list[Any]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise typer.BadParameter(f"{path}{line}: not valid YAML ({error.problem})") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise typer.BadParameter(
+            f"{path}: wanted option names with values, such as `steps: 120`, got a "
+            f"{type(content).__name__}"
+        )
+    names = _names_of(params)
+    defaults: dict[str, Any] = {}
+    for key, value in content.items():
+        found = names.get(str(key).replace("-", "_"))
+        if found is None:
+            known = ", ".join(sorted({name.replace("_", "-") for name in names}))
+            raise typer.BadParameter(f"{path}: unknown option {key!r}; this verb has {known}")
+        if value is not None:
+            name, opposite = found
+            defaults[name] = (not value) if opposite else _as_typed(key, value, path)
+    return defaults
+
+
+def _names_of(params: list[Any]) -> dict[str, tuple[str, bool]]:
+    """Option name -> (parameter, whether the name is the opposite of a flag)."""
+    names: dict[str, tuple[str, bool]] = {}
+    for param in params:
+        for opposite, options in ((False, param.opts), (True, param.secondary_opts)):
+            for option in options:
+                if option.startswith("--") and param.name not in NOT_IN_FILES:
+                    names[option[2:].replace("-", "_")] = (param.name, opposite)
+    return names
+
+
+def _as_typed(key: str, value: Any, path: Path) -> Any:
+    """A list is what the command line writes with commas."""
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    if isinstance(value, dict):
+        raise typer.BadParameter(f"{path}: {key} wants one value or a list, got a mapping")
+    return value
+
+
+def _check_json(path: Path | None) -> Path | None:
+    """Find out before the work whether its result can be written."""
+    if path is None:
+        return None
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; wanted a file name")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def _note_debug(ctx: typer.Context, debug: bool) -> bool:
+    ctx.meta["debug"] = debug
+    return debug
+
+
+# --- The options ----------------------------------------------------------------------------------
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", callback=_check_json, help="Write the result here as JSON."
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        callback=_read_config,
+        is_eager=True,
+        help="Read options from a YAML file (keys are option names). The command line wins.",
+    ),
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", callback=_note_debug, help="Show a traceback where something fails."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything that is random.")]
+Adapter = Annotated[
+    str, typer.Option("--adapter", metavar="DIR", help="An adapter's folder (or hub repository).")
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="M", help="The base model, where not the one that the adapter names."
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16, float16, or auto: float32 on a CPU, elsewhere that of the "
+        "model's files.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="cpu, cuda, mps, or auto: cuda where there is one, else cpu."),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows of one forward.")]
+Length = Annotated[int, typer.Option("--length", min=2, help="Tokens of a window.")]

@@ -1,0 +1,124 @@
+"""The JSON files of the verbs: who ran what on what. Imports no torch before a call."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import router_tuning
+from router_tuning.errors import RouterTuningError
+
+PACKAGES = ("torch", "transformers", "peft")
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a result."""
+    found = {"router-tuning": router_tuning.__version__, "python": platform.python_version()}
+    return {**found, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def run_record(
+    ctx: typer.Context,
+    *,
+    started: float,
+    model: Any = None,
+    seeds: list[int] | None = None,
+    data: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """What a result is worth nothing without.
+
+    Args:
+        ctx: of the verb.
+        started: `time.time()` when it began.
+        model: the model that ran; None where none did.
+        seeds: of what was random.
+        data: what text served for what, by name.
+    """
+    import torch
+
+    parameter = None if model is None else next(model.parameters())
+    return {
+        "command": command_line(ctx),
+        "options": {name: _plain(value) for name, value in ctx.params.items()},
+        "seeds": seeds or [],
+        "data": data or {},
+        "versions": versions(),
+        "device": None if parameter is None else device_name(parameter.device),
+        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1),
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def command_line(ctx: typer.Context, *more: str) -> str:
+    """The command as it was typed, with options added that it does not have."""
+    arguments: list[str] = list(ctx.meta.get("arguments", []))
+    return shlex.join(["router-tuning", *arguments, *(a for a in more if a not in arguments)])
+
+
+def device_name(device: Any) -> str:
+    """Such as `cpu` or `cuda (NVIDIA H100)`."""
+    import torch
+
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def peak_rss_mb() -> int | None:
+    """The most memory that this process has held; None where the platform does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write under a temporary name, then rename.
+
+    Raises:
+        RouterTuningError: the file cannot be written.
+    """
+    text = json.dumps(_plain(document), indent=2, allow_nan=False) + "\n"
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise RouterTuningError(
+            f"cannot write {path}: {error.strerror or error}; free space there, or give another "
+            f"file"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

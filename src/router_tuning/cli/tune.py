@@ -1,0 +1,297 @@
+"""`router-tuning tune`: put routers on a model, train them, calibrate them, save an adapter."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from router_tuning.cli.console import fail, say, show, stdout
+from router_tuning.cli.options import (
+    BatchSize,
+    ConfigFile,
+    Debug,
+    Device,
+    Dtype,
+    JsonFile,
+    Length,
+    Seed,
+    budgets_in,
+    check_writable_folder,
+)
+from router_tuning.cli.records import command_line, run_record, write_json
+from router_tuning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from router_tuning.cli.tuning import Settings
+
+INTERRUPTED = 130
+BUDGETS = "0.95,0.9,0.85,0.8,0.75,0.7,0.65,0.6,0.55,0.5"
+
+
+def tune(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="M", help="smollm2-135m, gemma3-270m, a hub id or a folder."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the adapter goes.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="D",
+            help="A .jsonl or .txt file or a hub id. Without it: shipped prompts, answered by "
+            "the model.",
+        ),
+    ] = None,
+    granularity: Annotated[
+        str, typer.Option("--granularity", metavar="G", help="attn_token or attn_sequence.")
+    ] = "attn_token",
+    kv: Annotated[
+        str,
+        typer.Option(
+            "--kv", metavar="K", help="Keys and values of skipped tokens: kept (none) or all."
+        ),
+    ] = "kept",
+    budget: Annotated[
+        float, typer.Option("--budget", metavar="B", help="Kept fraction to train for, in (0, 1].")
+    ] = 0.75,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 120,
+    objective: Annotated[
+        str,
+        typer.Option(
+            "--objective", metavar="O", help="distill (stay close to the dense model) or lm."
+        ),
+    ] = "distill",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted tuning in DIR.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew in a DIR that is not empty.")
+    ] = False,
+    kv_sink: Annotated[
+        int,
+        typer.Option("--kv-sink", min=0, help="With --kv kept: first tokens that stay visible."),
+    ] = 0,
+    kv_window: Annotated[
+        int,
+        typer.Option("--kv-window", min=0, help="With --kv kept: latest tokens that stay visible."),
+    ] = 0,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Routed layers, such as 4-20,25. Default: all.")
+    ] = None,
+    decide_after: Annotated[
+        int, typer.Option("--decide-after", min=1, help="attn_sequence: tokens that decide.")
+    ] = 32,
+    router: Annotated[
+        str, typer.Option("--router", help="linear, bottleneck or bias (static).")
+    ] = "linear",
+    router_hidden: Annotated[
+        int, typer.Option("--router-hidden", min=1, help="Width of a bottleneck router.")
+    ] = 32,
+    batch_size: BatchSize = 8,
+    accumulate: Annotated[
+        int, typer.Option("--accumulate", min=1, help="Batches of one optimizer step.")
+    ] = 1,
+    length: Length = 256,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Of the routers' weights.")
+    ] = None,
+    bias_learning_rate: Annotated[
+        float | None, typer.Option("--bias-learning-rate", help="Of the routers' biases.")
+    ] = None,
+    budget_weight: Annotated[
+        float | None, typer.Option("--budget-weight", help="Of (kept - target)^2 in the loss.")
+    ] = None,
+    answers_only: Annotated[
+        bool, typer.Option("--answers-only", help="With --objective lm: loss on answers only.")
+    ] = False,
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=2, max=300, help="Without --data: prompts to answer.")
+    ] = 300,
+    answer_tokens: Annotated[
+        int, typer.Option("--answer-tokens", min=1, help="Without --data: length of an answer.")
+    ] = 128,
+    held_out: Annotated[
+        int, typer.Option("--held-out", min=1, help="Windows held back for calibration, at most.")
+    ] = 16,
+    budgets: Annotated[
+        str, typer.Option("--budgets", help="Budgets to calibrate at the end.")
+    ] = BUDGETS,
+    save_every: Annotated[
+        int, typer.Option("--save-every", min=1, help="Steps between checkpoints.")
+    ] = 20,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Train routers on a frozen model, calibrate budgets, and save an adapter.
+
+    Some of the text is held back: it never trains, the thresholds are chosen on it, and the losses
+    shown are of it. Ctrl-C leaves a checkpoint; --resume continues it.
+    """
+    started = time.time()
+    wanted = budgets_in(budgets)
+    from router_tuning.cli.tuning import Settings
+
+    settings = Settings.of(ctx.params)
+    settings.routing()
+    _prepare_folder(out, settings, resume, overwrite)
+    try:
+        result = _run(ctx, settings, out, wanted, device, save_every, started)
+    except KeyboardInterrupt:
+        fail(_after_stop(ctx, out), label="stopped")
+        raise typer.Exit(INTERRUPTED) from None
+    if json_file is not None:
+        write_json(json_file, result)
+    _show_result(result, out)
+
+
+def _run(
+    ctx: typer.Context,
+    settings: Settings,
+    out: Path,
+    budgets: tuple[float, ...],
+    device: str,
+    save_every: int,
+    started: float,
+) -> dict[str, Any]:
+    """All the steps; returns the result, which is written into the folder too."""
+    from router_tuning.attach import num_router_parameters
+    from router_tuning.cli import tuning
+    from router_tuning.cli.adapters import ANSWERS, RECORD, WORK, load_base
+    from router_tuning.cli.material import prepare
+    from router_tuning.peft_tuner import save_adapter
+
+    recipe = settings.recipe()
+    base = load_base(settings.model, settings.dtype, device)
+    material = prepare(recipe, base.model, base.tokenizer, answers=out / WORK / ANSWERS)
+    model = tuning.attach_routers(base.model, settings)
+    log = tuning.train(model, settings, material, out, save_every=save_every)
+    skipped = tuning.calibrate_what_can_be_met(
+        model, material.held_out, budgets, settings.batch_size
+    )
+    tuning.choose_default(model, settings.budget)
+    rows = tuning.budget_rows(model, material.held_out, settings.batch_size)
+    save_adapter(model, out)
+    result = {
+        **json.loads((out / RECORD).read_text(encoding="utf-8")),
+        "finished": True,
+        "router_parameters": num_router_parameters(model),
+        "train_tokens": settings.steps
+        * settings.batch_size
+        * settings.accumulate
+        * settings.length,
+        "train_windows": len(material.train),
+        "held_out_windows": len(material.held_out),
+        "not_calibrated": skipped,
+        "budgets": rows,
+        "log": log,
+        "run": run_record(
+            ctx, started=started, model=model, seeds=[settings.seed], data={"tuned": recipe.name}
+        ),
+    }
+    write_json(out / RECORD, result)
+    return result
+
+
+def _prepare_folder(out: Path, settings: Settings, resume: bool, overwrite: bool) -> None:
+    """Make the folder ready, or refuse it; leaves the record that --resume compares with."""
+    from dataclasses import asdict
+
+    from router_tuning.cli.adapters import RECORD, WORK
+    from router_tuning.cli.tuning import remove_tuning
+
+    if resume and overwrite:
+        raise ConfigError(
+            "--resume continues a tuning and --overwrite starts anew: give one of them"
+        )
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; wanted a folder")
+    here = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    earlier = _earlier(out / RECORD)
+    if here and not overwrite:
+        _refuse(out, here, earlier, settings, resume)
+    elif resume:
+        say(f"There is no tuning in {out} to resume, so this one starts at the beginning.")
+    check_writable_folder(out)
+    if overwrite:
+        remove_tuning(out)
+    check_writable_folder(out / WORK)
+    if earlier is None or overwrite:
+        record = {"format": 1, "finished": False, "settings": asdict(settings)}
+        write_json(out / RECORD, {**record, "recipe": asdict(settings.recipe())})
+
+
+def _refuse(
+    out: Path, here: list[str], earlier: dict[str, Any] | None, settings: Settings, resume: bool
+) -> None:
+    """Raise ConfigError unless a folder with something in it may be continued."""
+    if earlier is None:
+        raise ConfigError(
+            f"--out {out} is not empty (it holds "
+            f"{', '.join(here[:3])}{', ...' if len(here) > 3 else ''}) and holds no tuning; "
+            f"give another folder, or --overwrite to write into this one"
+        )
+    if not resume:
+        raise ConfigError(
+            f"--out {out} holds {'a finished' if earlier.get('finished') else 'an interrupted'} "
+            f"tuning; --resume continues it, --overwrite starts anew"
+        )
+    from dataclasses import asdict
+
+    before = earlier.get("settings", {})
+    now = asdict(settings)
+    changed = [name for name in now if name not in before or now[name] != before[name]]
+    if changed:
+        told = "; ".join(
+            f"--{name.replace('_', '-')} was {before.get(name)!r} and is {now[name]!r}"
+            for name in changed
+        )
+        raise ConfigError(f"--resume continues the tuning in {out} as it was begun, but {told}")
+
+
+def _earlier(record: Path) -> dict[str, Any] | None:
+    """The record of an earlier tuning; None where there is none."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{record} cannot be read ({error}); give another --out, or --overwrite after a "
+            f"look at it"
+        ) from error
+    return found if isinstance(found, dict) else None
+
+
+def _after_stop(ctx: typer.Context, out: Path) -> str:
+    from router_tuning.cli.adapters import WORK
+    from router_tuning.training.safety import last_complete_checkpoint
+
+    checkpoint = last_complete_checkpoint(str(out / WORK))
+    if checkpoint is None:
+        saved = "no checkpoint was written yet, so the training starts at its beginning"
+    else:
+        saved = f"step {checkpoint.name.rpartition('-')[2]} is saved"
+    arguments = command_line(ctx, "--resume").replace(" --overwrite", "")
+    return f"{saved}; continue with --resume:\n  {arguments}"
+
+
+def _show_result(result: dict[str, Any], out: Path) -> None:
+    from router_tuning.report.tables import budget_table
+
+    stdout().print(budget_table(result["budgets"]))
+    show(
+        f"{result['router_parameters']} router parameters, {result['train_tokens']} training "
+        f"tokens. Adapter: {out}"
+    )

@@ -1,0 +1,265 @@
+"""The work of `tune`, in steps that `demo` takes too. Imports torch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from router_tuning.attach import num_router_parameters, set_budget
+from router_tuning.calibration import calibrate_windows
+from router_tuning.cli.adapters import WORK
+from router_tuning.cli.console import Bar, bar, warn
+from router_tuning.cli.material import Material, Recipe
+from router_tuning.cli.options import layers_in
+from router_tuning.config import RoutingConfig, threshold_for
+from router_tuning.data import WindowDataset, Windows
+from router_tuning.errors import BudgetError, ConfigError
+from router_tuning.evaluation.perplexity import window_loss
+from router_tuning.execution.context import dense, record, routing_of
+from router_tuning.peft_tuner import RouterTuningConfig
+from router_tuning.training.safety import last_complete_checkpoint
+from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
+from router_tuning.units import decoder_of
+
+OBJECTIVE_WINDOWS = 8
+"""Held-out windows of an evaluation during training: enough for a trend."""
+EVALUATIONS = 4
+"""How often a training looks at held-out text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the result of a tuning. One that is resumed must have the same."""
+
+    model: str
+    data: str | None = None
+    granularity: str = "attn_token"
+    kv: str = "kept"
+    kv_sink: int = 0
+    kv_window: int = 0
+    layers: str | None = None
+    decide_after: int = 32
+    router: str = "linear"
+    router_hidden: int = 32
+    budget: float = 0.75
+    objective: str = "distill"
+    answers_only: bool = False
+    steps: int = 120
+    batch_size: int = 8
+    accumulate: int = 1
+    length: int = 256
+    learning_rate: float | None = None
+    bias_learning_rate: float | None = None
+    budget_weight: float | None = None
+    prompts: int = 300
+    answer_tokens: int = 128
+    held_out: int = 16
+    dtype: str = "auto"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Settings:
+        """From a verb's options, of which there may be more."""
+        return cls(**{field.name: options[field.name] for field in fields(cls)})
+
+    def routing(self) -> RoutingConfig:
+        """The routing to tune, checked."""
+        names = {field.name for field in fields(RoutingConfig)} - {"layers"}
+        chosen = {name: value for name, value in asdict(self).items() if name in names}
+        config = RoutingConfig(**chosen, layers=layers_in(self.layers))
+        config.check()
+        if self.answers_only and self.objective != "lm":
+            raise ConfigError(
+                f"--answers-only goes with --objective lm; {self.objective!r} compares with the "
+                f"dense model at every token"
+            )
+        return config
+
+    def recipe(self) -> Recipe:
+        """The text to tune on."""
+        windows = self.steps * self.batch_size * self.accumulate
+        return Recipe(
+            self.data,
+            self.length,
+            windows,
+            self.held_out,
+            self.prompts,
+            self.answer_tokens,
+            self.seed,
+        )
+
+
+def attach_routers(model: Any, settings: Settings) -> PeftModel:
+    """Put fresh routers on a base model."""
+    set_seed(settings.seed)
+    config = settings.routing()
+    names = {field.name for field in fields(RoutingConfig)}
+    fresh = {name: value for name, value in vars(config).items() if name in names}
+    return get_peft_model(model, RouterTuningConfig(**fresh))
+
+
+def train(
+    model: PeftModel,
+    settings: Settings,
+    material: Material,
+    out: Path,
+    *,
+    evaluate: bool = True,
+    save_every: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, Any]]:
+    """Train the routers, from the last checkpoint under `out` where there is one; returns the log.
+
+    Raises:
+        TrainingError: it cannot go on.
+        KeyboardInterrupt: Ctrl-C; what was reached is saved.
+    """
+    checkpoint = last_complete_checkpoint(str(out / WORK))
+    arguments = _arguments(model, settings, out, evaluate, save_every)
+    with bar(f"Training {num_router_parameters(model)} router parameters") as progress:
+        trainer = RouterTrainer(
+            model,
+            arguments,
+            train_dataset=WindowDataset(material.train, answers_only=settings.answers_only),
+            eval_dataset=WindowDataset(_first(material.held_out)) if evaluate else None,
+            callbacks=[_Show(progress), *callbacks],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(None if checkpoint is None else str(checkpoint))
+    model.eval()
+    return [dict(entry) for entry in trainer.state.log_history]
+
+
+def _arguments(
+    model: PeftModel, settings: Settings, out: Path, evaluate: bool, save_every: int | None
+) -> RouterTrainingArguments:
+    names = ("learning_rate", "bias_learning_rate", "budget_weight")
+    given = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if save_every is not None:
+        given["save_steps"] = save_every
+    if evaluate:
+        given["eval_strategy"] = "steps"
+        given["eval_steps"] = max(settings.steps // EVALUATIONS, 1)
+    device = next(model.parameters()).device
+    return RouterTrainingArguments(
+        output_dir=str(out / WORK),
+        objective=settings.objective,
+        budget=settings.budget,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        logging_steps=max(min(settings.steps // 12, 10), 1),
+        seed=settings.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+        **given,
+    )
+
+
+def _first(windows: Windows) -> Windows:
+    return windows.take(range(min(OBJECTIVE_WINDOWS, len(windows))))
+
+
+class _Show(TrainerCallback):
+    """Moves the bar, and writes behind it what was logged last."""
+
+    def __init__(self, progress: Bar) -> None:
+        self.progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = (("task_loss", "loss"), ("kept", "kept"), ("target", "aim"))
+        parts = [f"{word} {logs[name]:.3f}" for name, word in shown if name in logs]
+        if parts:
+            self.progress.note(" ".join(parts))
+
+
+def calibrate_what_can_be_met(
+    model: Any, windows: Windows, budgets: Sequence[float], batch_size: int = 8
+) -> list[float]:
+    """Calibrate those of the budgets that can be met; returns the others, after a note about them.
+
+    Raises:
+        BudgetError: none can be met.
+    """
+    floor = always_run(model, windows)
+    wanted = [b for b in budgets if b < 1.0]
+    met = [b for b in wanted if b > floor]
+    skipped = [b for b in wanted if b <= floor]
+    if not met:
+        raise BudgetError(
+            f"{floor:.3f} of the executions run in any case (unrouted layers, and the first "
+            f"tokens of a sequence where those decide), so none of the budgets "
+            f"{_listed(wanted)} can be met; ask for larger ones or route more layers"
+        )
+    if skipped:
+        warn(f"{floor:.3f} of the executions run in any case; not calibrated: {_listed(skipped)}")
+    with bar(f"Calibrating {len(met)} budgets") as progress:
+        calibrate_windows(model, windows, met, batch_size=batch_size, progress=progress)
+    return skipped
+
+
+def always_run(model: Any, windows: Windows) -> float:
+    """The share of executions that no threshold prevents: unrouted layers, deciding prefixes."""
+    decoder = decoder_of(model)
+    ids = windows.ids[:1].to(next(decoder.parameters()).device)
+    with torch.no_grad(), record(model) as trace:
+        decoder(input_ids=ids, use_cache=False)
+    always = [u.always_BT for u in trace.forwards[0].units.values()]
+    prefix = sum(0.0 if a is None else float(a.float().mean()) for a in always)
+    return (trace.num_units - len(trace.unit_names) + prefix) / trace.num_units
+
+
+def choose_default(model: Any, budget: float | None) -> None:
+    """Make a budget that of calls which name none; no default where it is not calibrated."""
+    config = routing_of(model).config
+    try:
+        threshold_for(config, budget)
+    except BudgetError:
+        budget = None
+    set_budget(model, budget)
+
+
+def budget_rows(model: Any, windows: Windows, batch_size: int = 8) -> list[dict[str, Any]]:
+    """The calibration with the held-out loss at each budget, and over the dense model's."""
+    entries = routing_of(model).config.calibration
+    rows = []
+    total = (1 + len(entries)) * len(windows)
+    with bar("Measuring held-out loss") as progress:
+        with dense(model):
+            base = window_loss(model, windows, batch_size=batch_size).loss
+        progress(len(windows), total)
+        for number, entry in enumerate(reversed(entries), start=1):
+            loss = window_loss(model, windows, batch_size=batch_size, budget=entry["budget"]).loss
+            rows.append({**entry, "loss": loss, "loss_over_dense": loss - base})
+            progress((number + 1) * len(windows), total)
+    return rows
+
+
+def calibrated_budgets(model: Any) -> list[float]:
+    """The budgets that are calibrated, largest first."""
+    return [float(e["budget"]) for e in reversed(routing_of(model).config.calibration)]
+
+
+def remove_tuning(out: Path) -> None:
+    """Delete what an earlier tuning left in a folder, and nothing else."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+
+
+def _listed(budgets: Sequence[float]) -> str:
+    return ", ".join(f"{b:g}" for b in budgets)

@@ -1,0 +1,1 @@
+"""Tables and figures from JSON results. Reads dicts and files, never a model."""

@@ -1,0 +1,135 @@
+"""Figures from the JSON of `eval`. Draws with matplotlib's Agg, whatever the machine has."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from router_tuning.errors import RouterTuningError
+from router_tuning.report.curves import CURVES
+
+INK = "#1a1a1a"
+FAINT = "#8a8a8a"
+# Told apart by colour, marker and label, so that they survive a grey printer and colour blindness.
+STYLES: dict[str, dict[str, Any]] = {
+    "routed": {"color": "#0b5fa5", "marker": "o", "linewidth": 2.4, "markersize": 6, "zorder": 5},
+    "random": {"color": "#b5541c", "marker": "^"},
+    "random_uniform": {"color": "#c98a00", "marker": "v"},
+    "static_cosine": {"color": "#5b7f2b", "marker": "s"},
+    "static_greedy": {"color": "#7a4fa3", "marker": "D"},
+    "learned_static": {"color": "#4d4d4d", "marker": "P"},
+}
+LABEL_ROOM = 0.055
+"""Least distance of two labels, as a part of the axis' height."""
+
+
+def loss_figure(result: Mapping[str, Any], path: str | Path, title: str = "") -> Path:
+    """Draw the loss over dense against the kept fraction, a curve for each control.
+
+    Returns the path. All curves meet the dense model at a kept fraction of 1. The file's ending names its format.
+
+    Raises:
+        RouterTuningError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ends: list[tuple[float, float, str, str]] = []
+    for name, label in CURVES.items():
+        points = curve(result, name)
+        if len(points) < 2:
+            continue
+        kept, over = zip(*points, strict=True)
+        style: dict[str, Any] = {"linewidth": 1.6, "markersize": 5, **STYLES[name]}
+        axes.plot(kept, over, label=label, **style)
+        ends.append((kept[0], over[0], label, style["color"]))
+    axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    _frame(axes, result, title)
+    _label(axes, ends)
+    return _save(figure, Path(path))
+
+
+def curve(result: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
+    """Points (kept fraction, loss over dense) of a control, the dense model as the last one."""
+    base = float(result["dense"]["loss"])
+    rows = result.get(name) or []
+    points = {
+        float(row["kept_fraction"]): float(row["loss"]) - base
+        for row in rows
+        if row["loss"] is not None
+    }
+    return sorted({**points, 1.0: 0.0}.items()) if points else []
+
+
+def _frame(axes: Any, result: Mapping[str, Any], title: str) -> None:
+    axes.set_xlabel("kept fraction of attention executions")
+    axes.set_ylabel("loss over dense (nats a token)")
+    if title:
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    low, high = axes.get_xlim()
+    # Room at the left for the labels of the curves.
+    axes.set_xlim(low - 0.42 * (high - low), high + 0.02 * (high - low))
+    ticks = [t for t in axes.get_xticks() if low <= t <= 1.0]
+    axes.set_xticks(ticks)
+    dense = f"dense, {result['dense']['loss']:.3f}"
+    axes.annotate(
+        dense,
+        (axes.get_xlim()[0], 0),
+        xytext=(2, 4),
+        textcoords="offset points",
+        color=FAINT,
+        fontsize=9,
+    )
+
+
+def _label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write each curve's name at its left end, moved apart where two would touch."""
+    bottom, top = axes.get_ylim()
+    least = LABEL_ROOM * (top - bottom)
+    height = bottom + 1.6 * least  # above the dense line's own label
+    for kept, over, label, color in sorted(ends, key=lambda end: end[1]):
+        height = max(over, height)
+        axes.annotate(
+            label,
+            (kept, over),
+            xytext=(axes.get_xlim()[0] + 0.27 * (axes.get_xlim()[1] - axes.get_xlim()[0]), height),
+            textcoords="data",
+            ha="right",
+            va="center",
+            color=color,
+            fontsize=10,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6},
+        )
+        height += least
+
+
+def _save(figure: Any, path: Path) -> Path:
+    handle = None
+    try:
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix
+        )
+        os.close(handle)
+        try:
+            figure.savefig(temporary, dpi=160)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except (OSError, ValueError) as error:  # ValueError: an ending that names no format
+        raise RouterTuningError(
+            f"cannot write the figure {path}: {error}; wanted a writable folder and a name "
+            f"ending in .png, .svg or .pdf"
+        ) from error
+    return path

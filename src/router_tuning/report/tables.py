@@ -1,0 +1,64 @@
+"""Tables for a terminal, from the results of the verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from router_tuning.report.curves import CURVES
+
+
+def budget_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Calibrated budgets: what they keep, their threshold, and the held-out loss."""
+    header = ("budget", "kept", "kept of routed", "threshold", "held-out loss", "over dense")
+    table = _numbers(header)
+    for row in sorted(rows, key=lambda r: -float(r["budget"])):
+        table.add_row(
+            f"{row['budget']:g}",
+            _fixed(row["kept_fraction"], 3),
+            _fixed(row["kept_of_routed"], 3),
+            _fixed(row["threshold"], 3, sign=True),
+            _fixed(row.get("loss"), 4),
+            _fixed(row.get("loss_over_dense"), 4, sign=True),
+        )
+    return table
+
+
+def evaluation_table(result: Mapping[str, Any]) -> Table:
+    """The JSON of `eval`: dense, routed, and the controls that it holds."""
+    dense = result["dense"]
+    header = ("what", "budget", "kept", "loss", "over dense", "answers", "FLOPs")
+    table = _numbers(header, first="left")
+    answers = _fixed(dense["answer_loss"], 4)
+    table.add_row("dense", "", "1.000", _fixed(dense["loss"], 4), "", answers, "1.000")
+    for name, label in CURVES.items():
+        rows: Iterable[Mapping[str, Any]] = result.get(name, ())
+        if rows:
+            table.add_section()
+        for row in rows:
+            table.add_row(
+                label,
+                f"{row['budget']:g}",
+                _fixed(row["kept_fraction"], 3),
+                _fixed(row["loss"], 4),
+                _fixed(row["loss"] - dense["loss"], 4, sign=True),
+                _fixed(row["answer_loss"], 4),
+                _fixed(row["flops_fraction"], 3),
+            )
+    return table
+
+
+def _numbers(header: Sequence[str], first: str = "right") -> Table:
+    table = Table()
+    for number, name in enumerate(header):
+        left = number == 0 and first == "left"
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    return table
+
+
+def _fixed(value: float | None, digits: int, sign: bool = False) -> str:
+    if value is None:
+        return "-"
+    return f"{value:{'+' if sign else ''}.{digits}f}"
