@@ -33,7 +33,7 @@ DECIDE_AFTER = 3
 CHUNKS: dict[str, list[int]] = {
     "prefill": [20],
     "chunked": [7, 1, 6, 6],
-    "decode": [9] + [1] * 11,
+    "decode": [12] + [1] * 8,
 }
 """Phases, by the lengths of the forwards that a batch of 20 columns is fed in."""
 

@@ -12,10 +12,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.data import default_data_collator
 
-from router_tuning.attach import attach, set_budget
+from router_tuning.attach import attach, routing_of, set_budget
 from router_tuning.config import RoutingConfig
 from router_tuning.data import (
     Example,
@@ -28,6 +29,7 @@ from router_tuning.data import (
     sample_answers,
 )
 from router_tuning.errors import ConfigError, DataError
+from router_tuning.peft_tuner import RouterTuningConfig
 from tiny import BOS, EOS, tiny_model, tiny_tokenizer
 
 
@@ -456,11 +458,18 @@ def test_sampled_answers_come_in_the_order_of_the_prompts(
     assert found != sample_answers(model, tokenizer, prompts, **options, seed=1)
 
 
-def test_sampled_answers_are_those_of_the_frozen_model(tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("peft", [False, True])
+def test_sampled_answers_are_those_of_the_frozen_model(
+    tokenizer: PreTrainedTokenizerFast, peft: bool
+) -> None:
     prompts = ["fox", "a dog"]
     expected = sample_answers(tiny_model(), tokenizer, prompts, max_new_tokens=8)
-    routed = tiny_model()
-    attach(routed, RoutingConfig(calibration=[{"budget": 0.5, "threshold": 9.0}]))
+    routed: torch.nn.Module = tiny_model()
+    if peft:
+        routed = get_peft_model(routed, RouterTuningConfig())
+    else:
+        attach(routed, RoutingConfig())
+    routing_of(routed).config.calibration = [{"budget": 0.5, "threshold": 9.0}]
     set_budget(routed, 0.5)  # routers on, nothing would run
     assert sample_answers(routed, tokenizer, prompts, max_new_tokens=8) == expected
 

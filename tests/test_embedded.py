@@ -40,8 +40,9 @@ from router_tuning.embedded import (
 from router_tuning.errors import ConfigError, RouterTuningError, UnsupportedModelError
 from tiny import tiny_model, token_ids
 
+USERS_CACHE = os.environ.get("ROUTER_TUNING_CACHE")
 REAL_CONVERT = embedded._convert
-SOURCE = Path(embedded.__file__).parents[1]
+PACKAGE = Path(embedded.__file__).parent
 PARTS = ("tiny_part1/data/tiny.gguf.part00", "tiny_part2/data/tiny.gguf.part01")
 LICENCE = "tiny_part1-1.0.dist-info/LICENSE"
 needs_pip = pytest.mark.skipif(
@@ -223,10 +224,13 @@ def test_installed_packages_are_used_and_their_code_is_not_run(
 
 
 TWO_AT_ONCE = """
-import os, shutil, sys, time
+import os, shutil, sys, time, types
 from pathlib import Path
+wheels, log, sha256, package = sys.argv[1:]
+# The package without its __init__, which imports torch: this file needs none of it.
+sys.modules["router_tuning"] = types.ModuleType("router_tuning")
+sys.modules["router_tuning"].__path__ = [package]
 from router_tuning import embedded
-wheels, log, sha256 = sys.argv[1:]
 embedded.ALIASES["tiny"] = embedded.EmbeddedModel(
     packages=("tiny-part1==1.0", "tiny-part2==1.0"), parts={parts!r}, texts=({licence!r},),
     sha256=sha256, licence="free", download_mb=1, disk_mb=1)
@@ -250,14 +254,17 @@ def test_two_processes_at_once_make_it_once(wheels: Path, tmp_path: Path) -> Non
     log = tmp_path / "log"
     script = TWO_AT_ONCE.format(parts=PARTS, licence=LICENCE)
     command = [sys.executable, "-c", script, str(wheels), str(log), ALIASES["tiny"].sha256]
-    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
     both = [
         subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(PACKAGE)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for _ in range(2)
     ]
-    answers = [process.communicate(timeout=60) for process in both]
+    try:
+        answers = [process.communicate(timeout=60) for process in both]
+    finally:
+        for process in both:
+            process.kill()
     assert [process.returncode for process in both] == [0, 0], answers
     assert [out.strip() for out, _ in answers] == ["the bytes of a model file"] * 2
     assert log.read_text() == "download\n"
@@ -597,6 +604,8 @@ def test_an_unknown_dtype_is_said() -> None:
 @pytest.mark.network
 def test_smollm2_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ROUTER_TUNING_CACHE")
+    if USERS_CACHE is not None:
+        monkeypatch.setenv("ROUTER_TUNING_CACHE", USERS_CACHE)
     try:
         folder = Path(resolve("smollm2-135m"))
     except RouterTuningError as error:

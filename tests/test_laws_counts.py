@@ -6,10 +6,14 @@ model.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from laws import CASES, CHUNKS, Batch, Case, Counter, Run, batch, held_columns, routed_model, run
 from router_tuning.cost import cost, flops_fraction
@@ -20,6 +24,28 @@ from tiny import VOCAB_SIZE
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_phase = pytest.mark.parametrize("phase", ["uncached", *CHUNKS])
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A model, a batch, what running it recorded, and the rows that entered each projection."""
+
+    model: PreTrainedModel
+    given: Batch
+    result: Run
+    rows: dict[tuple[int, str], int]
+
+
+@functools.cache
+def observed(case: Case, phase: str, padded: bool) -> Observed:
+    """Run a case once for all tests that look at it."""
+    model, given = routed_model(case), batch(padded=padded)
+    with Counter(model) as counter:
+        result = run(model, given, chunks_of(phase))
+    rows = {
+        (i, name): counter.rows.get((i, name), 0) for i in names(model) for name in Counter.NAMES
+    }
+    return Observed(model, given, result, rows)
 
 
 def chunks_of(phase: str) -> list[int] | None:
@@ -36,9 +62,8 @@ def names(model: nn.Module) -> dict[int, str]:
 @every_phase
 @every_case
 def test_counted_rows_equal_the_record(case: Case, phase: str) -> None:
-    model, given = routed_model(case), batch()
-    with Counter(model) as counter:
-        result = run(model, given, chunks_of(phase))
+    seen = observed(case, phase, padded=True)
+    model, given, result, rows = seen.model, seen.given, seen.result, seen.rows
     for index, name in names(model).items():
         keep = write = pads = 0
         moved = False  # the cache has left the dense layer's hands
@@ -53,20 +78,20 @@ def test_counted_rows_equal_the_record(case: Case, phase: str) -> None:
                 )  # the dense call itself, which computes pads too
             elif phase != "uncached" and case.kv == "kept":
                 moved = True
-        assert counter.rows.get((index, "q_proj"), 0) == keep + pads
-        assert counter.rows.get((index, "o_proj"), 0) == keep + pads
-        assert counter.rows.get((index, "k_proj"), 0) == write + pads
-        assert counter.rows.get((index, "v_proj"), 0) == write + pads
+        assert rows[index, "q_proj"] == keep + pads
+        assert rows[index, "o_proj"] == keep + pads
+        assert rows[index, "k_proj"] == write + pads
+        assert rows[index, "v_proj"] == write + pads
     real = int(given.real.sum())
-    total = sum(counter.rows.get((index, "q_proj"), 0) for index in names(model))
+    total = sum(rows[index, "q_proj"] for index in names(model))
     assert total < 0.9 * real * len(names(model))
 
 
 @every_phase
 @every_case
 def test_writes_are_what_the_policy_names(case: Case, phase: str) -> None:
-    model, given = routed_model(case), batch()
-    result = run(model, given, chunks_of(phase))
+    seen = observed(case, phase, padded=True)
+    given, result = seen.given, seen.result
     sink = given.real & (given.positions < case.sink)
     for name, keep in result.trace.decisions().items():
         write = torch.cat([f.units[name].write_BT for f in result.trace.forwards], dim=1)
@@ -79,8 +104,8 @@ def test_writes_are_what_the_policy_names(case: Case, phase: str) -> None:
 @pytest.mark.parametrize("phase", CHUNKS)
 @every_case
 def test_the_cache_holds_exactly_the_keys_that_the_policy_names(case: Case, phase: str) -> None:
-    model, given = routed_model(case), batch()
-    result = run(model, given, CHUNKS[phase])
+    seen = observed(case, phase, padded=True)
+    model, given, result = seen.model, seen.given, seen.result
     layers = decoder_layers(model.model)
     for index, name in names(model).items():
         held = result.cache.layers[index]
@@ -145,9 +170,8 @@ def pairs_by_hand(case: Case, keep: torch.Tensor, real: torch.Tensor, sliding: i
 @every_phase
 @every_case
 def test_the_cost_equals_the_counted_calls(case: Case, phase: str) -> None:
-    model, given = routed_model(case), batch(padded=False)
-    with Counter(model) as counter:
-        result = run(model, given, chunks_of(phase))
+    seen = observed(case, phase, padded=False)
+    model, given, result, rows = seen.model, seen.given, seen.result, seen.rows
     layers = decoder_layers(model.model)
     tokens = given.ids.numel()
     routed = dense = 0
@@ -158,7 +182,7 @@ def test_the_cost_equals_the_counted_calls(case: Case, phase: str) -> None:
         keep = result.trace.decisions()[name]
         pair = 4 * attention.head_dim * 4  # score and sum, four heads
         sizes = {n: 2 * getattr(attention, n).weight.numel() for n in Counter.NAMES}
-        routed += sum(sizes[n] * counter.rows.get((index, n), 0) for n in sizes)
+        routed += sum(sizes[n] * rows[index, n] for n in sizes)
         routed += pair * pairs_by_hand(case, keep, given.real, sliding)
         routed += 2 * (32 + 1) * tokens  # the router's weight and bias
         dense += tokens * sum(sizes.values())
@@ -184,11 +208,10 @@ def test_the_cost_equals_the_counted_calls(case: Case, phase: str) -> None:
 @every_phase
 @every_case
 def test_the_kept_fraction_equals_the_counted_queries(case: Case, phase: str) -> None:
-    model, given = routed_model(case), batch(padded=False)
-    with Counter(model) as counter:
-        result = run(model, given, chunks_of(phase))
-    queries = [counter.rows.get((index, "q_proj"), 0) for index in names(model)]
-    tokens = given.ids.numel()
+    seen = observed(case, phase, padded=False)
+    model, result = seen.model, seen.result
+    queries = [seen.rows[index, "q_proj"] for index in names(model)]
+    tokens = seen.given.ids.numel()
     assert result.trace.kept_fraction() == pytest.approx(sum(queries) / (4 * tokens))
     for (index, name), n in zip(names(model).items(), queries, strict=True):
         assert result.trace.kept_per_unit()[name] == pytest.approx(n / tokens), index

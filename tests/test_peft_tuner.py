@@ -416,6 +416,16 @@ def test_routers_load_in_fp32_beside_a_bf16_base(llama_folder: Path, tmp_path: P
         assert torch.equal(loaded, weights[key])
 
 
+def test_a_router_moves_to_the_device_of_its_layer() -> None:
+    layer, meta = RouterLayer(), torch.device("meta")  # the only other device without a GPU
+    layer.add_router("default", nn.Linear(2, 1), meta)
+    layer.keep_logits["default"].to_empty(device="cpu")  # as low_cpu_mem_usage leaves it
+    layer._move_adapter_to_device_of_base_layer("default")
+    assert all(p.device == meta for p in layer.parameters())
+    with pytest.raises(AttributeError, match="no weight"):
+        layer.weight  # noqa: B018
+
+
 @pytest.mark.parametrize("loader", CHECKED)
 @pytest.mark.parametrize(
     ("other", "words"),
@@ -705,8 +715,14 @@ def test_unloading_routers_leaves_a_lora_and_the_reverse(llama_folder: Path) -> 
     assert routed.unload() is base
     assert torch.equal(logits(lora), lora_only)
     assert list(lora.peft_config) == ["default"]
+    with pytest.raises(ConfigError, match="layer 9"):
+        adapted(base, "routers", layers=[9])
+    assert list(lora.peft_config) == ["default"]
     routed = adapted(base, "routers")
     both = logits(routed)
+    lora.merge_adapter()
+    torch.testing.assert_close(logits(lora), both, atol=1e-3, rtol=1e-3)
+    lora.unmerge_adapter()
     merged = lora.merge_and_unload()
     torch.testing.assert_close(logits(merged), both, atol=1e-3, rtol=1e-3)
     assert not any("lora_" in name for name, _ in merged.named_parameters())
@@ -827,6 +843,21 @@ def test_an_alias_is_saved_by_its_name_and_loads_everywhere(
     again = AutoPeftModelForCausalLM.from_pretrained(folder)
     again.save_pretrained(tmp_path / "third")
     assert json.loads((tmp_path / "third" / CONFIG).read_text()) == config
+
+
+def test_the_cache_folder_of_an_alias_is_called_by_its_name(
+    tmp_path: Path, alias: list[str]
+) -> None:
+    embedded.load_model("tiny")
+    folder = tmp_path / "cache" / "models" / "tiny"
+    model = adapted(base_from(folder))
+    assert model.peft_config["default"].base_model_name == "tiny"
+    assert model.peft_config["default"].base["name"] == "tiny"
+    folder.unlink()
+    alias.clear()
+    with pytest.warns(UserWarning, match="Could not find a config file in tiny"):  # PEFT's own
+        model.save_pretrained(tmp_path / "adapter")
+    assert alias == []  # saving a model that is there already fetches none
 
 
 def test_looking_at_a_config_fetches_no_model(alias: list[str], tmp_path: Path) -> None:

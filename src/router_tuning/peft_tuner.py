@@ -386,17 +386,6 @@ class RouterTuningModel(BaseTuner):
         return self.model
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        return {k: v for k, v in state_dict.items() if f".{ROUTERS}.{adapter_name}." in k}
-
-    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT's own expects the adapter's name right before the parameter's; ours stands higher.
         return key.replace(f".{ROUTERS}.{adapter_name}.", f".{ROUTERS}.", 1)
