@@ -1,4 +1,5 @@
-"""Loss against kept fraction: tune, calibrate and sweep each setting over seeds, with controls in the same run.
+"""Loss against kept fraction: tune, calibrate and sweep each setting over seeds, with controls in
+the same run.
 
 Writes one JSON, and rewrites it after every piece, so that an interrupted run keeps what it has and
 `--continue` goes on where it stopped. Example:
@@ -117,7 +118,9 @@ def _material(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _about(options: argparse.Namespace, model: Any, before: dict[str, Any] | None) -> dict[str, Any]:
+def _about(
+    options: argparse.Namespace, model: Any, before: dict[str, Any] | None
+) -> dict[str, Any]:
     parameter = next(model.parameters())
     commands = [*(before or {}).get("commands", []), shlex.join(["python", *sys.argv])]
     return {
@@ -150,9 +153,7 @@ def _run(
             save_strategy="no",
             use_cpu=not torch.cuda.is_available(),
         )
-        trainer = RouterTrainer(
-            routed, arguments, train_dataset=WindowDataset(material["train"])
-        )
+        trainer = RouterTrainer(routed, arguments, train_dataset=WindowDataset(material["train"]))
         trainer.train()
     trained = time.time()
     entries = calibrate_windows(routed, material["held_back"], options.budgets)
@@ -165,7 +166,10 @@ def _run(
         "training_seconds": round(trained - started, 1),
         "log": [entry for entry in trainer.state.log_history if "kept" in entry],
         "calibration": entries,
-        "routed": {name: [_row(routed, w, b) for b in options.budgets] for name, w in material["report"].items()},
+        "routed": {
+            name: [_row(routed, w, b) for b in options.budgets]
+            for name, w in material["report"].items()
+        },
     }
     routed.unload()
     _say(f"{setting} seed {seed}", run["routed"])
@@ -194,7 +198,9 @@ def _static(options: argparse.Namespace, model: Any, material: dict[str, Any]) -
     held = material["held_back"]
     orders = {
         "cosine": cosine_order(routed, held),
-        "greedy": greedy_order(routed, held.take(range(options.greedy_windows)), max(options.static)),
+        "greedy": greedy_order(
+            routed, held.take(range(options.greedy_windows)), max(options.static)
+        ),
     }
     found: dict[str, Any] = {"orders": orders}
     for name, windows in material["report"].items():

@@ -336,18 +336,22 @@ def test_settings_follow_the_active_adapter(base_folder: Path, tmp_path: Path) -
     two, routed_two = saved(
         base_folder, tmp_path / "two", granularity="attn_sequence", decide_after=4, layers=[1, 3]
     )
-    assert not torch.equal(routed_one, routed_two)
+    three, routed_three = saved(base_folder, tmp_path / "three", kv="kept")
+    assert not torch.equal(routed_one, routed_three)  # other settings for the same units
     model = load_adapter(one)
     assert load_adapter(two, model, adapter_name="two") is model
+    assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(logits(model), routed_two)
     assert [u.layer_idx for u in routing_of(model).units] == [1, 3]
     model.set_adapter("default")
     assert torch.equal(logits(model), routed_one)
     assert routing_of(model).config is model.peft_config["default"]
+    model.load_adapter(three, "three")  # PEFT's own way leaves the active one
+    assert torch.equal(logits(model), routed_one)
+    model.set_adapter("three")
+    assert torch.equal(logits(model), routed_three)
     with pytest.raises(ConfigError, match="one adapter can route"):
         model.base_model.set_adapter(["default", "two"])
-    model.load_adapter(two, "three")  # PEFT's own way leaves the active one
-    assert torch.equal(logits(model), routed_one)
 
 
 def test_deleting_adapters(llama_folder: Path, tmp_path: Path) -> None:
@@ -584,6 +588,15 @@ def test_a_bad_second_adapter_leaves_the_first(llama_folder: Path, tmp_path: Pat
     assert torch.equal(logits(model), routed)
 
 
+def test_bad_weights_for_an_adapter_in_use_leave_it(llama_folder: Path, tmp_path: Path) -> None:
+    folder, routed = saved(llama_folder, tmp_path)
+    model = PeftModel.from_pretrained(base_from(llama_folder), folder)
+    change_weights(folder, lambda w: w.pop(KEY.format(2)))
+    with pytest.raises(AdapterError, match="lacks 1"):
+        model.load_adapter(folder, "default")  # as a Trainer resumes
+    assert torch.equal(logits(model), routed)
+
+
 def test_save_adapter_writes_the_same_files(llama_folder: Path, tmp_path: Path) -> None:
     model = adapted(base_from(llama_folder), "mine")
     save_adapter(model, tmp_path / "new" / "folder")
@@ -611,6 +624,24 @@ def test_full_disk_keeps_the_old_adapter(
     with pytest.raises(AdapterError, match=r"No space left on device.*still whole"):
         save_adapter(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
+
+
+def test_interrupted_save_pretrained_keeps_the_old_config(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(base_from(llama_folder))
+    model.save_pretrained(tmp_path)
+    old = (tmp_path / CONFIG).read_bytes()
+    model.peft_config["default"].default_budget = 0.5
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / CONFIG).read_bytes() == old
+    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
 
 
 def test_a_place_that_cannot_be_written_is_named(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Dynamic depth for frozen Hugging Face models: tiny routers decide, per token or sequence, what runs.
+"""Dynamic depth for frozen Hugging Face models: tiny routers decide, per token or sequence, what
+runs.
 
 Importing the package registers its adapters with PEFT.
 """
@@ -7,7 +8,7 @@ from router_tuning.attach import attach, detach, routing_of, set_budget
 from router_tuning.baselines import RandomMask, StaticDrop
 from router_tuning.calibration import calibrate, calibrate_windows
 from router_tuning.config import RoutingConfig
-from router_tuning.data import Example, Windows, load_examples, make_windows
+from router_tuning.data import Example, WindowDataset, Windows, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
 from router_tuning.errors import RouterTuningError
 from router_tuning.evaluation.perplexity import evaluate, window_loss
@@ -39,6 +40,7 @@ __all__ = [
     "RoutingConfig",
     "StaticDrop",
     "Trace",
+    "WindowDataset",
     "Windows",
     "attach",
     "calibrate",

@@ -1,8 +1,9 @@
 """Puts routed forwards in front of a model's units, and takes them off again.
 
-`attach` adds a router beside each routed unit and replaces the bound `forward` of the decoder (the door, where
-a forward's context is made), of each attention, and of the post-norms of sandwich families. No module is
-wrapped: base weight names stay, and `detach` gives back the same objects without a trace.
+`attach` adds a router beside each routed unit and replaces the bound `forward` of the decoder (the
+door, where a forward's context is made), of each attention, and of the post-norms of sandwich
+families. No module is wrapped: base weight names stay, and `detach` gives back the same objects
+without a trace.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
     _replace_forward(decoder, _enter_decoder)
     causal = unwrap(model)
     if causal is not decoder:
-        _replace_forward(causal, _accept_budget(type(causal)))
+        causal_class: Any = type(causal)
+        _replace_forward(causal, _accept_budget(causal_class))
 
 
 def uninstall(model: nn.Module) -> None:
@@ -175,7 +177,9 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
 
 
 def _cache_in(given: dict[str, Any]) -> Any:
-    """The cache among a call's arguments: `cache` since transformers 5.24, `past_key_values` before."""
+    """The cache among a call's arguments: `cache` since transformers 5.24, `past_key_values`
+    before.
+    """
     cache = given.get("cache")
     return given.get("past_key_values") if cache is None else cache
 
@@ -189,10 +193,13 @@ def _fills_a_cache(decoder: nn.Module, given: dict[str, Any]) -> bool:
 
 
 def _without_cache(given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The differentiable path computes every token's keys, so what it would leave in a cache is not ours."""
+    """The differentiable path computes every token's keys, so what it would leave in a cache is not
+    ours.
+    """
     if _cache_in(given) is not None:
         raise UnsupportedCallError(
-            "the differentiable path takes no cache; decode under torch.no_grad(), or pass use_cache=False and "
+            "the differentiable path takes no cache; decode under torch.no_grad(), or pass "
+            "use_cache=False and "
             "the whole sequence at once"
         )
     return {**kwargs, "use_cache": False}
@@ -216,7 +223,9 @@ def _bind(decoder_class: type, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 @functools.cache
 def _accept_budget(causal_class: type) -> Callable[..., Any]:
-    """A causal LM's forward that also lists `budget`, which `generate` looks for in the signature."""
+    """A causal LM's forward that also lists `budget`, which `generate` looks for in the
+    signature.
+    """
 
     def forward(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original_forward(causal)(*args, **kwargs)

@@ -17,13 +17,25 @@ from torch import Tensor, nn
 from router_tuning.data import Windows
 from router_tuning.execution.context import ForwardContext, decided_by, dense, routing_of
 from router_tuning.execution.partial import entering_states, run_from
-from router_tuning.units import Unit, attention_of, decoder_layers, decoder_of, post_norm_of, unwrap
+from router_tuning.units import (
+    Unit,
+    attention_of,
+    decoder_layers,
+    decoder_of,
+    is_sequence,
+    post_norm_of,
+    unwrap,
+)
 
 Progress = Callable[[int, int], None]
 
 
 class RandomMask:
-    """Keeps each token at a given rate, independently; the same seed gives the same masks however text is chunked.
+    """Keeps at a given rate whatever the text says: each token by itself, or a sequence's tokens
+    after its always-run prefix all together, as the unit's granularity has it.
+
+    Rows differ. Token masks of one seed are the same however a text is cut into chunks; for
+    sequences the rate is met over one forward, its prefix included.
 
     Args:
         rate: kept fraction, one for all units or one a unit name.
@@ -37,12 +49,22 @@ class RandomMask:
     def __call__(self, unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
         rate = self.rate if isinstance(self.rate, (int, float)) else self.rate[unit.name]
         row_B1 = torch.arange(forward.rows, device=x_BTD.device)[:, None]
-        key = _mix(_mix(torch.full_like(row_B1, self.seed * 1_000_003 + unit.layer_idx)) ^ row_B1)
-        return _uniform(_mix(key ^ (forward.position_BT + 1))) < rate
+        key_B1 = _mix(
+            _mix(torch.full_like(row_B1, self.seed * 1_000_003 + unit.layer_idx)) ^ row_B1
+        )
+        if not is_sequence(forward.granularity(unit)):
+            return _uniform(_mix(key_B1 ^ (forward.position_BT + 1))) < rate
+        always_BT = forward.position_BT < forward.config.decide_after
+        share = float(always_BT.double().mean())
+        # What runs in any case counts towards the rate.
+        free = (rate - share) / (1 - share) if share < 1 else 1.0
+        return always_BT | (_uniform(key_B1) < free)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (multiply, xor, shift), in int64 so that no platform overflows differently."""
+    """A 32-bit integer hash (multiply, xor, shift), in int64 so that no platform overflows
+    differently.
+    """
     mask = 0xFFFFFFFF
     x = x & mask
     x = ((x >> 16) ^ x) * 0x45D9F3B & mask
@@ -69,7 +91,8 @@ class StaticDrop:
 
 
 def cosine_order(model: nn.Module, windows: Windows, *, batch_size: int = 8) -> list[str]:
-    """Units by falling similarity of the residual stream before and after them (LLM-Drop, He et al. 2024, eq. 3).
+    """Units by falling similarity of the residual stream before and after them (LLM-Drop, He et al.
+    2024, eq. 3).
 
     The first is dropped first. Similarity is the mean cosine over tokens, with the dense model.
     """
@@ -80,7 +103,8 @@ def cosine_order(model: nn.Module, windows: Windows, *, batch_size: int = 8) -> 
     try:
         with torch.no_grad(), dense(model):
             for start in range(0, len(windows), batch_size):
-                decoder(input_ids=windows.ids[start : start + batch_size], use_cache=False)
+                ids = windows.ids[start : start + batch_size].to(_device(model))
+                decoder(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -106,24 +130,24 @@ def _similarity_hooks(decoder: nn.Module, unit: Unit, sums: dict[str, float]) ->
 def greedy_order(
     model: nn.Module, windows: Windows, num: int, *, progress: Progress | None = None
 ) -> list[str]:
-    """The `num` units to drop one after another, each time the one whose loss of the windows grows least.
+    """The `num` units to drop one after another, each time the one whose loss of the windows grows
+    least.
 
     Layers below a candidate are not run again: their states are kept from the round before.
     """
     dropped: list[str] = []
+    ids = windows.ids.to(_device(model))
     units = routing_of(model).units
     done, total = 0, sum(len(units) - i for i in range(num))
     for _ in range(num):
         losses: dict[str, float] = {}
         with torch.no_grad(), decided_by(model, StaticDrop(dropped)):
-            states = entering_states(decoder_of(model), windows.ids)
+            states = entering_states(decoder_of(model), ids)
         for unit in units:
             if unit.name in dropped:
                 continue
             with torch.no_grad(), decided_by(model, StaticDrop([*dropped, unit.name])):
-                losses[unit.name] = _loss_from(
-                    model, windows.ids, unit.layer_idx, states[unit.layer_idx]
-                )
+                losses[unit.name] = _loss_from(model, ids, unit.layer_idx, states[unit.layer_idx])
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -131,12 +155,15 @@ def greedy_order(
     return dropped
 
 
-def _loss_from(model: nn.Module, ids: Tensor, first: int, state_BTD: Tensor) -> float:
-    """Mean loss a token, running the decoder layers from `first` on."""
-    with run_from(decoder_of(model), first, state_BTD):
-        total, count = 0.0, 0
-        logits = unwrap(model)(input_ids=ids, use_cache=False).logits
-        for row, target in zip(logits[:, :-1], ids[:, 1:], strict=True):
-            total += float(torch.nn.functional.cross_entropy(row.float(), target, reduction="sum"))
-            count += target.numel()
-    return total / count
+def _loss_from(model: nn.Module, ids_BT: Tensor, first: int, state_BTD: Tensor) -> float:
+    """Mean loss a token, running the decoder layers from `first` on, a window at a time."""
+    total = 0.0
+    for ids_1T, state_1TD in zip(ids_BT.split(1), state_BTD.split(1), strict=True):
+        with run_from(decoder_of(model), first, state_1TD):
+            logits = unwrap(model)(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, ids_1T[0, 1:], reduction="sum"))
+    return total / ids_BT[:, 1:].numel()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

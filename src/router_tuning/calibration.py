@@ -1,9 +1,9 @@
 """Choose one threshold a budget, so that held-out text is kept at that fraction with routing on.
 
-Skipping in early layers moves the logits of later ones, so the threshold is a fixed point: run, take the
-quantile of the logits that were seen, run again. Changes only the config's `calibration`; knows nothing of
-training or saving. Budgets are kept fractions of all units of the routed kinds and all real tokens, the
-always-run prefix of sequence granularities and unrouted layers included.
+Skipping in early layers moves the logits of later ones, so the threshold is a fixed point: run,
+take the quantile of the logits that were seen, run again. Changes only the config's `calibration`;
+knows nothing of training or saving. Budgets are kept fractions of all units of the routed kinds and
+all real tokens, the always-run prefix of sequence granularities and unrouted layers included.
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ def calibrate_windows(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Find one threshold a budget and put them into the config's `calibration`, replacing what was there.
+    """Find one threshold a budget and put them into the config's `calibration`, replacing what was
+    there.
 
-    Returns the entries, sorted by budget: {"budget", "threshold", "kept_fraction", "kept_of_routed",
-    "kept_per_unit"}, the kept fractions as measured on these windows at that threshold.
+    Returns the entries, sorted by budget: {"budget", "threshold", "kept_fraction",
+    "kept_of_routed", "kept_per_unit"}, the kept fractions as measured on these windows at that
+    threshold.
 
     Raises:
         BudgetError: a budget out of (0, 1), none given, or below what always runs.
@@ -65,7 +67,8 @@ def calibrate_windows(
     wanted = sorted({check_budget(b) for b in budgets}, reverse=True)
     if not wanted or wanted[0] == 1.0:
         raise BudgetError(
-            f"budgets to calibrate must lie between 0 and 1 (1 keeps all anyway), got {list(budgets)}"
+            "budgets to calibrate must lie between 0 and 1 (1 keeps all anyway), got "
+            f"{list(budgets)}"
         )
     config = routing_of(model).config
     before = config.calibration, config.default_budget
@@ -121,8 +124,10 @@ def _threshold_keeping(trace: Trace, budget: float) -> float:
     if keep < 0:
         floor = (unrouted + always) / (trace.num_units * num_real)
         raise BudgetError(
-            f"budget {budget:g} cannot be met: {floor:.3f} of the executions run in any case (unrouted layers and "
-            f"the first decide_after tokens); ask for more, route more layers, or calibrate on longer text"
+            f"budget {budget:g} cannot be met: {floor:.3f} of the executions run in any case "
+            "(unrouted layers and "
+            "the first decide_after tokens); ask for more, route more layers, or calibrate on "
+            "longer text"
         )
     if keep == 0:
         return float(torch.nextafter(logits.max(), torch.tensor(math.inf)))

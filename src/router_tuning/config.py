@@ -1,7 +1,7 @@
 """What a routed model is: the fields that an adapter saves beside its weights, and their checks.
 
-Imports no torch, so a config can be read and checked anywhere. Options of one act (training, calibration)
-live beside that act.
+Imports no torch, so a config can be read and checked anywhere. Options of one act (training,
+calibration) live beside that act.
 """
 
 from __future__ import annotations
@@ -41,19 +41,25 @@ class RoutingConfig:
     """Keys and values of skipped tokens: "kept" writes none, "all" writes every token's."""
 
     kv_sink: int = 0
-    """With kv="kept": the first kv_sink tokens of a sequence stay visible although skipped (>= 0)."""
+    """With kv="kept": the first kv_sink tokens of a sequence stay visible although skipped (>=
+    0).
+    """
 
     kv_window: int = 0
     """With kv="kept": the latest kv_window tokens stay visible although skipped (>= 0)."""
 
     pooling: str = "prefix"
-    """Sequence granularities: "prefix" lets the mean logit of the first decide_after tokens decide once."""
+    """Sequence granularities: "prefix" lets the mean logit of the first decide_after tokens decide
+    once.
+    """
 
     decide_after: int = 32
     """Sequence granularities: how many real tokens always run before the decision (>= 1)."""
 
     router: str = "linear"
-    """"linear": one map to a logit; "bottleneck": a small MLP; "bias": one learned number a unit (static)."""
+    """"linear": one map to a logit; "bottleneck": a small MLP; "bias": one learned number a unit
+    (static).
+    """
 
     router_hidden: int = 32
     """Width of the bottleneck router (>= 1)."""
@@ -78,7 +84,9 @@ class RoutingConfig:
     """Version of this format; a newer one than the package knows is refused."""
 
     def check(self) -> None:
-        """Raise ConfigError, naming the field, if a value is out of range or does not go with another."""
+        """Raise ConfigError, naming the field, if a value is out of range or does not go with
+        another.
+        """
         _check_names(self)
         _check_numbers(self)
         if self.kv == "all" and (self.kv_sink or self.kv_window):
@@ -103,7 +111,8 @@ def _check_names(config: RoutingConfig) -> None:
             )
         if name not in AVAILABLE:
             raise ConfigError(
-                f"granularity {name!r} is not available in this version; use {' or '.join(AVAILABLE)}"
+                f"granularity {name!r} is not available in this version; use "
+                f"{' or '.join(AVAILABLE)}"
             )
     if len(config.granularities) > 1:
         raise ConfigError(
@@ -136,7 +145,8 @@ def _check_numbers(config: RoutingConfig) -> None:
         check_budget(config.default_budget)
     if config.format_version > FORMAT_VERSION:
         raise ConfigError(
-            f"this adapter has format version {config.format_version}, newer than the {FORMAT_VERSION} "
+            f"this adapter has format version {config.format_version}, newer than the "
+            f"{FORMAT_VERSION} "
             f"that this version of router-tuning reads; upgrade router-tuning"
         )
 
@@ -145,7 +155,8 @@ def check_budget(budget: float) -> float:
     """Return the budget as a float; BudgetError unless it is a number in (0, 1]."""
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0.0 < budget <= 1.0:
         raise BudgetError(
-            f"a budget is the fraction of unit executions to keep, above 0 and at most 1; got {budget!r}"
+            "a budget is the fraction of unit executions to keep, above 0 and at most 1; got "
+            f"{budget!r}"
         )
     return float(budget)
 
@@ -153,8 +164,8 @@ def check_budget(budget: float) -> float:
 def threshold_for(config: RoutingConfig, budget: float | None) -> float:
     """The logit at and above which a unit runs, for a budget.
 
-    None takes the config's default budget, and the routers' own threshold of 0 if there is none. A budget
-    of 1 keeps everything. Between calibrated budgets the threshold is interpolated linearly.
+    None takes the config's default budget, and the routers' own threshold of 0 if there is none. A
+    budget of 1 keeps everything. Between calibrated budgets the threshold is interpolated linearly.
 
     Raises:
         BudgetError: out of (0, 1], not calibrated, or outside the calibrated range.
@@ -169,7 +180,8 @@ def threshold_for(config: RoutingConfig, budget: float | None) -> float:
     points = sorted((float(e["budget"]), float(e["threshold"])) for e in config.calibration)
     if not points:
         raise BudgetError(
-            f"budget {budget:g} asked, but no budget is calibrated; run calibrate(model, tokenizer, held_out) "
+            f"budget {budget:g} asked, but no budget is calibrated; run calibrate(model, "
+            "tokenizer, held_out) "
             f"or `router-tuning calibrate`, or give no budget to use the routers' own threshold"
         )
     known = [b for b, _ in points]

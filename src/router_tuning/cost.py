@@ -1,8 +1,8 @@
 """FLOPs and cache bytes of what a trace ran. Counts, no clock.
 
-A multiply and an add are two FLOPs. Counted are the linear layers, the routers, the attention's scores and
-weighted sums (over the visible pairs of query and key only) and the output head; norms, rotations and
-activations are left out, in the routed and the dense model alike.
+A multiply and an add are two FLOPs. Counted are the linear layers, the routers, the attention's
+scores and weighted sums (over the visible pairs of query and key only) and the output head; norms,
+rotations and activations are left out, in the routed and the dense model alike.
 
 Shapes: B batch, C columns (tokens, pads included).
 """
@@ -100,7 +100,9 @@ def _attention_cost(
 def _visible_pairs(
     query_BC: Tensor, permanent_BC: Tensor, real_BC: Tensor, window: int, sliding: int | None
 ) -> int:
-    """Pairs of an asking query and a key it sees: a permanent one, or a real one among the latest `window`."""
+    """Pairs of an asking query and a key it sees: a permanent one, or a real one among the latest
+    `window`.
+    """
     width = real_BC.shape[1]
     reach = width if sliding is None else min(sliding, width)
     far_BC = _in_last(permanent_BC, reach)
@@ -150,11 +152,8 @@ def _token_flops_outside_attention(model: nn.Module) -> int:
             for m in layer.modules()
             if isinstance(m, nn.Linear) and m not in skip
         )
-    head = (
-        unwrap(model).get_output_embeddings()
-        if hasattr(unwrap(model), "get_output_embeddings")
-        else None
-    )
+    causal: Any = unwrap(model)
+    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     return total + (2 * head.weight.numel() if head is not None else 0)
 
 

@@ -1,7 +1,8 @@
 """From logits to decisions: threshold, straight-through gradient, prefix pooling. Pure functions.
 
-A unit runs for a token where `always | (logit >= threshold)`. Token granularities use each token's own
-logit; sequence granularities let the mean logit of a sequence's first tokens stand for all later ones.
+A unit runs for a token where `always | (logit >= threshold)`. Token granularities use each token's
+own logit; sequence granularities let the mean logit of a sequence's first tokens stand for all
+later ones.
 
 Shapes: B batch, T tokens of this forward, S packed sequences of a row.
 """
@@ -27,21 +28,26 @@ class Decision:
         return keep_BT if self.always_BT is None else keep_BT | self.always_BT
 
     def straight_through(self, threshold_B1: Tensor) -> Tensor:
-        """1.0 where the unit runs, else 0.0; its gradient is that of sigmoid(logit - threshold): (B, T).
+        """1.0 where the unit runs, else 0.0; its gradient is that of sigmoid(logit - threshold):
+        (B, T).
 
-        A threshold of -inf (budget 1) has no finite sigmoid argument, so the gradient uses the bare logit.
+        A threshold of -inf (budget 1) has no finite sigmoid argument, so the gradient uses the bare
+        logit.
         """
         hard_BT = self.keep(threshold_B1).to(self.logits_BT.dtype)
         soft_BT = torch.sigmoid(self.logits_BT - threshold_B1.clamp(min=-1e4))
         if self.always_BT is not None:
             soft_BT = soft_BT.masked_fill(self.always_BT, 1.0)
-        # The brackets keep the value exactly 0 or 1: an attached model must stay neutral to the bit.
+        # The brackets keep the value exactly 0 or 1: an attached model must stay neutral to the
+        # bit.
         return hard_BT + (soft_BT - soft_BT.detach())
 
 
 @dataclass(frozen=True)
 class PrefixSums:
-    """Sum and number of the prefix logits that earlier forwards of the same sequences have seen: (B,)."""
+    """Sum and number of the prefix logits that earlier forwards of the same sequences have seen:
+    (B,).
+    """
 
     sum_B: Tensor
     count_B: Tensor
@@ -55,15 +61,18 @@ def pool_prefix(
     past: PrefixSums | None = None,
     sequence_BT: Tensor | None = None,
 ) -> Decision:
-    """Let the mean logit of each sequence's first `decide_after` real tokens decide for its later tokens.
+    """Let the mean logit of each sequence's first `decide_after` real tokens decide for its later
+    tokens.
 
     Args:
         logits_BT: the router's logits.
-        position_BT: index of each token among the real tokens of its sequence (earlier forwards included).
+        position_BT: index of each token among the real tokens of its sequence (earlier forwards
+            included).
         real_BT: False at padding.
         decide_after: how many tokens always run.
         past: prefix logits of earlier forwards, from the cache.
-        sequence_BT: index of the packed sequence each token belongs to; None where a row is one sequence.
+        sequence_BT: index of the packed sequence each token belongs to; None where a row is one
+            sequence.
     """
     prefix_BT = real_BT & (position_BT < decide_after)
     group_BT = torch.zeros_like(position_BT) if sequence_BT is None else sequence_BT

@@ -1,11 +1,12 @@
-"""What ran: one ForwardRecord a forward, collected in a Trace. Numbers are worked out when asked for.
+"""What ran: one ForwardRecord a forward, collected in a Trace. Numbers are worked out when asked
+for.
 
 Shapes: B batch, T tokens of one forward, C columns (tokens, pads included, of all forwards).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -23,7 +24,9 @@ class UnitRecord:
     """The deciding logits, fp32; None where something else than a router decided."""
     threshold_B1: Tensor | None = None
     always_BT: Tensor | None = None
-    """True where the unit runs whatever the logit (the prefix of sequence granularities); None for nowhere."""
+    """True where the unit runs whatever the logit (the prefix of sequence granularities); None for
+    nowhere.
+    """
     soft_BT: Tensor | None = None
     """In the differentiable path: the 0/1 gate with its straight-through gradient."""
 
@@ -52,19 +55,29 @@ class Trace:
     forwards: list[ForwardRecord] = field(default_factory=list)
 
     def decisions(self) -> dict[str, Tensor]:
-        """The decisions of consecutive forwards over one batch: unit name -> bool (B, C). Can be replayed."""
-        return {n: self._columns(lambda f, n=n: f.units[n].keep_BT) for n in self.unit_names}
+        """The decisions of consecutive forwards over one batch: unit name -> bool (B, C). Can be
+        replayed.
+        """
+        return {
+            name: self._columns([f.units[name].keep_BT for f in self.forwards])
+            for name in self.unit_names
+        }
 
     def logits(self) -> dict[str, Tensor]:
         """The deciding logits, over columns: unit name -> fp32 (B, C)."""
-        return {n: self._columns(lambda f, n=n: f.units[n].logits_BT) for n in self.unit_names}
+        return {
+            name: self._columns([f.units[name].logits_BT for f in self.forwards])
+            for name in self.unit_names
+        }
 
     def real(self) -> Tensor:
         """False at padding: (B, C)."""
-        return self._columns(lambda f: f.real_BT)
+        return self._columns([f.real_BT for f in self.forwards])
 
     def kept_fraction(self) -> float:
-        """Executions over all units of the routed kinds and all real tokens; unrouted units count as kept."""
+        """Executions over all units of the routed kinds and all real tokens; unrouted units count
+        as kept.
+        """
         routed = len(self.unit_names)
         kept = sum(self.kept_per_unit().values()) + (self.num_units - routed)
         return kept / self.num_units
@@ -82,13 +95,13 @@ class Trace:
             for name in self.unit_names
         }
 
-    def _columns(self, pick: Callable[[ForwardRecord], Tensor | None]) -> Tensor:
+    def _columns(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """Put one tensor a forward (B, T) side by side, each at its columns."""
         end = max(f.start + f.real_BT.shape[1] for f in self.forwards)
-        first = pick(self.forwards[0])
+        first = parts[0]
         assert first is not None, "nothing of the kind was recorded"
         out_BC = first.new_zeros((first.shape[0], end))
-        for forward in self.forwards:
-            part_BT = pick(forward)
+        for forward, part_BT in zip(self.forwards, parts, strict=True):
             assert part_BT is not None, "nothing of the kind was recorded"
             out_BC[:, forward.start : forward.start + part_BT.shape[1]] = part_BT
         return out_BC.detach()

@@ -19,7 +19,9 @@ Router = nn.Module
 
 
 class LinearRouter(nn.Module):
-    """Scores each token with one linear map (Router-Tuning, He et al. 2025, eq. 5, with a bias): (B, T, D) -> (B, T)."""
+    """Scores each token with one linear map (Router-Tuning, He et al. 2025, eq. 5, with a bias):
+    (B, T, D) -> (B, T).
+    """
 
     def __init__(self, hidden_size: int, init_bias: float) -> None:
         super().__init__()

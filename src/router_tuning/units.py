@@ -1,13 +1,14 @@
 """Where attention sits in each model family. The only file that knows family names.
 
-A *unit* is what one routing decision runs or skips: here the attention of one decoder layer. To add a
-family, add a row to FAMILIES; CONTRIBUTING.md ("A new model family") has the steps.
+A *unit* is what one routing decision runs or skips: here the attention of one decoder layer. To add
+a family, add a row to FAMILIES; CONTRIBUTING.md ("A new model family") has the steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,9 @@ class Family:
 
     attention: str = "self_attn"
     attention_post_norm: str | None = None
-    """The norm that a sandwich family puts on the attention's output before adding it to the residual."""
+    """The norm that a sandwich family puts on the attention's output before adding it to the
+    residual.
+    """
 
 
 PRE_NORM = Family()
@@ -38,7 +41,9 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Unit:
-    """One routed unit: its name ("layers.3.attn"), its kind ("attn") and its decoder layer's index."""
+    """One routed unit: its name ("layers.3.attn"), its kind ("attn") and its decoder layer's
+    index.
+    """
 
     name: str
     kind: str
@@ -52,7 +57,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The module that owns the decoder layers, in a causal LM, a multimodal model, a PEFT model or itself.
+    """The module that owns the decoder layers, in a causal LM, a multimodal model, a PEFT model or
+    itself.
 
     Raises:
         UnsupportedModelError: no decoder of a known family is inside.
@@ -63,7 +69,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
         ):
             return module
     raise UnsupportedModelError(
-        f"no unit table for model_type {_model_type(unwrap(model))!r}. Known: {', '.join(sorted(FAMILIES))}. "
+        f"no unit table for model_type {_model_type(unwrap(model))!r}. Known: "
+        f"{', '.join(sorted(FAMILIES))}. "
         f'Add a row to FAMILIES in units.py, see CONTRIBUTING "A new model family".'
     )
 
@@ -79,8 +86,9 @@ def _model_type(module: nn.Module) -> str | None:
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     """The decoder layers that the model runs, in order."""
-    layers: nn.ModuleList = decoder.layers  # type: ignore[assignment]
-    return list(layers)[: decoder.config.num_hidden_layers]  # type: ignore[union-attr]
+    model: Any = decoder
+    layers: list[nn.Module] = list(model.layers)[: model.config.num_hidden_layers]
+    return layers
 
 
 def attention_of(decoder: nn.Module, layer: nn.Module) -> nn.Module:
@@ -123,7 +131,8 @@ def find_units(model: nn.Module, config: RoutingConfig) -> list[Unit]:
     for index in wanted:
         if not 0 <= index < num_layers:
             raise ConfigError(
-                f"layers names layer {index}, but the model has {num_layers} layers (0 to {num_layers - 1})"
+                f"layers names layer {index}, but the model has {num_layers} layers (0 to "
+                f"{num_layers - 1})"
             )
     return list(_units(decoder, wanted, config))
 

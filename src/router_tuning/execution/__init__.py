@@ -1,1 +1,3 @@
-"""How decisions are carried out: masked (differentiable) or skipping (fast). It never knows who decided."""
+"""How decisions are carried out: masked (differentiable) or skipping (fast). It never knows who
+decided.
+"""

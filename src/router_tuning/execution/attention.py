@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from router_tuning.decide import Decision, pool_prefix
-from router_tuning.execution.call import AttentionCall, Decided
 from router_tuning.execution.cache import PrefixLogits, RoutedCacheLayer, check_layer, touch
+from router_tuning.execution.call import AttentionCall, Decided
 from router_tuning.execution.context import CONTEXT_KEY, ForwardContext, original_forward
 from router_tuning.execution.masked import masked_attention
 from router_tuning.execution.tokens import skipping_attention
@@ -50,7 +50,9 @@ def carry_context(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def gate_post_norm(norm: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stand-in for a sandwich family's post-norm: the gate acts after it, where a norm cannot undo it."""
+    """Stand-in for a sandwich family's post-norm: the gate acts after it, where a norm cannot undo
+    it.
+    """
     output = original_forward(norm)(*args, **kwargs)
     waiting = _gate.get()
     if waiting is None or waiting[0] != norm.__dict__["skip_unit"].name:
@@ -68,7 +70,8 @@ def _decide(
     decision = _logits(unit, x_BTD, context, layer)
     logits_BT = decision.logits_BT.detach()
     if context.masked:
-        # Padding is gated like any token, since nobody reads it: fresh routers then change no bit there either.
+        # Padding is gated like any token, since nobody reads it: fresh routers then change no bit
+        # there either.
         soft_BT = decision.straight_through(context.threshold_B1)
         return Decided(
             (soft_BT.detach() > 0.5) & context.real_BT, soft_BT, logits_BT, decision.always_BT

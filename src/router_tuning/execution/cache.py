@@ -1,9 +1,11 @@
-"""The cache layer of a routed attention: which keys are kept, and what a sequence decision needs to remember.
+"""The cache layer of a routed attention: which keys are kept, and what a sequence decision needs to
+remember.
 
-`RoutedCacheLayer` takes the place of a layer of a transformers cache on first touch. As long as nothing has
-been skipped it passes everything to the layer it replaced, so that results stay equal to the dense model's
-to the bit. With the first skipped token it moves to `KeptKeys`, which holds only the keys that the policy
-names, each with the column (token index in the cache, pads included) that it had.
+`RoutedCacheLayer` takes the place of a layer of a transformers cache on first touch. As long as
+nothing has been skipped it passes everything to the layer it replaced, so that results stay equal
+to the dense model's to the bit. With the first skipped token it moves to `KeptKeys`, which holds
+only the keys that the policy names, each with the column (token index in the cache, pads included)
+that it had.
 
 Shapes: B batch, H key/value heads, S slots, N tokens written, C columns.
 """
@@ -11,6 +13,7 @@ Shapes: B batch, H key/value heads, S slots, N tokens written, C columns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +35,9 @@ GROWTH = 64
 class KeptKeys:
     """Keys and values of the kept tokens of each row; rows may hold different numbers.
 
-    Slots 0 ... ring-1 are a ring of the latest skipped tokens (kv_window > 0 only): the token of column c
-    lies in slot c % ring, so a key that has left the window is overwritten and never copied away. Kept and
-    sink tokens are appended from slot `ring` on.
+    Slots 0 ... ring-1 are a ring of the latest skipped tokens (kv_window > 0 only): the token of
+    column c lies in slot c % ring, so a key that has left the window is overwritten and never
+    copied away. Kept and sink tokens are appended from slot `ring` on.
     """
 
     def __init__(
@@ -75,7 +78,9 @@ class KeptKeys:
         key_NHD: Tensor,
         value_NHD: Tensor,
     ) -> None:
-        """Write tokens, ordered by row and then by column. `seen` is advanced by `advance`, not here."""
+        """Write tokens, ordered by row and then by column. `seen` is advanced by `advance`, not
+        here.
+        """
         counts = torch.bincount(row_N[permanent_N], minlength=len(self.lengths)).tolist()
         self._make_room(counts)
         row, slot = row_N[permanent_N], self._next_slots(row_N[permanent_N], counts)
@@ -98,7 +103,9 @@ class KeptKeys:
         self.furthest = max(self.furthest, self.seen)
 
     def held(self) -> int:
-        """Keys that the policy names now: kept and sink ones (within a sliding window), and the latest skipped."""
+        """Keys that the policy names now: kept and sink ones (within a sliding window), and the
+        latest skipped.
+        """
         _, _, columns_BS = self.view()
         oldest = self.seen - self.window + 1
         held_BS = (columns_BS >= 0) & (self.permanent_S() | (columns_BS >= oldest))
@@ -113,12 +120,15 @@ class KeptKeys:
         overwritten = self.furthest > self.ring and self.furthest - length > CROP_SLACK
         if self.ring and overwritten:
             raise UnsupportedCallError(
-                f"a cache with kv_window={self.window} can be cropped to at most {CROP_SLACK} tokens before its "
-                f"furthest token ({self.furthest}), asked for {length}; start a new cache, or use kv_window=0"
+                f"a cache with kv_window={self.window} can be cropped to at most {CROP_SLACK} "
+                "tokens before its "
+                f"furthest token ({self.furthest}), asked for {length}; start a new cache, or use "
+                "kv_window=0"
             )
         if self.sliding is not None and max(length - self.sliding + 1, 0) < self.forgotten:
             raise UnsupportedCallError(
-                f"cannot crop to {length} tokens: keys before column {self.forgotten} have left the sliding "
+                f"cannot crop to {length} tokens: keys before column {self.forgotten} have left "
+                "the sliding "
                 f"window of {self.sliding}; start a new cache"
             )
         self.columns_BS[self.columns_BS >= length] = -1
@@ -185,7 +195,9 @@ def _pad_slots(x_BHSD: Tensor, grow: int) -> Tensor:
 
 
 class PrefixLogits:
-    """The router logits of each row's first tokens, with their columns, so that a crop can take them back."""
+    """The router logits of each row's first tokens, with their columns, so that a crop can take
+    them back.
+    """
 
     def __init__(self, batch: int, decide_after: int, device: torch.device) -> None:
         self.logits_BP = torch.zeros((batch, decide_after), device=device)
@@ -194,7 +206,9 @@ class PrefixLogits:
     def add(
         self, logits_BT: Tensor, position_BT: Tensor, prefix_BT: Tensor, column_T: Tensor
     ) -> None:
-        """Store the logits of the tokens where prefix_BT is True, by their position in the sequence."""
+        """Store the logits of the tokens where prefix_BT is True, by their position in the
+        sequence.
+        """
         row, token = prefix_BT.nonzero(as_tuple=True)
         self.logits_BP[row, position_BT[row, token]] = logits_BT[row, token].detach()
         self.columns_BP[row, position_BT[row, token]] = column_T[token]
@@ -213,14 +227,17 @@ class PrefixLogits:
         self.logits_BP, self.columns_BP = pick(self.logits_BP), pick(self.columns_BP)
 
 
-class RoutedCacheLayer(CacheLayerMixin):
-    """The cache layer of a routed attention. `inner` serves until the first token is skipped, `store` after."""
+class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """The cache layer of a routed attention. `inner` serves until the first token is skipped,
+    `store` after.
+    """
 
     is_compileable = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, inner: CacheLayerMixin) -> None:
+    def __init__(self, inner: Any) -> None:
+        # Typed loosely: the base class of transformers' layers does not name all they share.
         self.inner = inner
         self.store: KeptKeys | None = None
         self.prefix: PrefixLogits | None = None
@@ -256,7 +273,8 @@ class RoutedCacheLayer(CacheLayerMixin):
         """Add every token's key and value, as the dense model does."""
         if self.store is not None:
             raise UnsupportedCallError(
-                "this cache was filled by a routed model that skipped tokens, and the dense model needs every "
+                "this cache was filled by a routed model that skipped tokens, and the dense model "
+                "needs every "
                 "token's keys; start a new cache (or leave the adapter enabled)"
             )
         keys, values = self.inner.update(key_states, value_states, *args, **kwargs)
@@ -306,7 +324,9 @@ class RoutedCacheLayer(CacheLayerMixin):
         return self.store
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -tokens_to_remove tokens (a positive number, before 5.20, is the length to keep)."""
+        """Remove the last -tokens_to_remove tokens (a positive number, before 5.20, is the length
+        to keep).
+        """
         if tokens_to_remove >= 0 and self.store is None and self.prefix is None:
             self.inner.crop(tokens_to_remove)
             return
@@ -355,7 +375,8 @@ def touch(cache: object, layer_idx: int) -> RoutedCacheLayer:
     """The routed layer of a cache, put in the place of the ordinary one on first touch.
 
     Raises:
-        UnsupportedCallError: a cache whose layers cannot be routed (static, offloaded, quantised, paged).
+        UnsupportedCallError: a cache whose layers cannot be routed (static, offloaded, quantised,
+            paged).
     """
     layer = check_layer(cache, layer_idx)
     if isinstance(layer, RoutedCacheLayer):
@@ -365,7 +386,7 @@ def touch(cache: object, layer_idx: int) -> RoutedCacheLayer:
     return routed
 
 
-def check_layer(cache: object, layer_idx: int) -> CacheLayerMixin:
+def check_layer(cache: object, layer_idx: int) -> Any:
     """The layer of a cache, or an error that says what to use instead."""
     if not isinstance(cache, Cache) or cache.offloading:
         kind = "an offloaded cache" if isinstance(cache, Cache) else f"a {type(cache).__name__}"
@@ -378,8 +399,10 @@ def check_layer(cache: object, layer_idx: int) -> CacheLayerMixin:
     layer = cache.layers[layer_idx]
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, RoutedCacheLayer):
         raise UnsupportedCallError(
-            f"routing cannot serve a cache layer of type {type(layer).__name__} (layer {layer_idx}); "
-            f"use the default dynamic cache: leave cache_implementation unset, or pass DynamicCache(config=...)"
+            f"routing cannot serve a cache layer of type {type(layer).__name__} (layer "
+            f"{layer_idx}); "
+            "use the default dynamic cache: leave cache_implementation unset, or pass "
+            "DynamicCache(config=...)"
         )
     return layer
 

@@ -1,8 +1,9 @@
 """One object a forward, and the options of a call.
 
-A `ForwardContext` is made at the model's door (attach.py) and travels to every attention as a keyword
-argument, so it survives activation checkpointing. Options of a call (`record`, `replay`, `dense`, ...) live
-in a context variable while a `with` block runs. Nothing of either is kept on a module.
+A `ForwardContext` is made at the model's door (attach.py) and travels to every attention as a
+keyword argument, so it survives activation checkpointing. Options of a call (`record`, `replay`,
+`dense`, ...) live in a context variable while a `with` block runs. Nothing of either is kept on a
+module.
 
 Shapes: B batch, T tokens of this forward, C columns (all tokens so far, pads included), D hidden.
 """
@@ -35,7 +36,9 @@ ROUTER_CHILD = "skip_router_attn"
 
 @dataclass
 class Routing:
-    """What is attached to a decoder: the settings of the active adapter and the units they route."""
+    """What is attached to a decoder: the settings of the active adapter and the units they
+    route.
+    """
 
     config: RoutingConfig
     units: tuple[Unit, ...]
@@ -90,7 +93,9 @@ class ForwardContext:
         return child
 
     def note(self, unit: Unit, record: UnitRecord) -> None:
-        """Record what a unit ran. The first time counts: activation checkpointing runs a layer again."""
+        """Record what a unit ran. The first time counts: activation checkpointing runs a layer
+        again.
+        """
         self.record.units.setdefault(unit.name, record)
 
 
@@ -139,7 +144,8 @@ def routing_of(model: nn.Module) -> Routing:
     routing = decoder.__dict__.get("routing")
     if routing is None:
         raise UnsupportedCallError(
-            "this model has no routers; attach them with get_peft_model(model, RouterTuningConfig(...)) "
+            "this model has no routers; attach them with get_peft_model(model, "
+            "RouterTuningConfig(...)) "
             "or load an adapter"
         )
     assert isinstance(routing, Routing)
@@ -182,14 +188,17 @@ def decided_by(model: nn.Module, decider: Decider) -> Iterator[None]:
 
 @contextmanager
 def replay(model: nn.Module, decisions: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give recorded decisions (unit name -> bool (B, C), see Trace.decisions) instead of the routers'."""
+    """Give recorded decisions (unit name -> bool (B, C), see Trace.decisions) instead of the
+    routers'.
+    """
 
     def decider(unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
         end = forward.start + x_BTD.shape[1]
         keep_BC = decisions[unit.name]
         if keep_BC.shape[0] != x_BTD.shape[0] or keep_BC.shape[1] < end:
             raise UnsupportedCallError(
-                f"the replayed decisions cover {keep_BC.shape[0]} rows and {keep_BC.shape[1]} columns, "
+                f"the replayed decisions cover {keep_BC.shape[0]} rows and {keep_BC.shape[1]} "
+                "columns, "
                 f"but this forward has {x_BTD.shape[0]} rows up to column {end}"
             )
         return keep_BC[:, forward.start : end]
@@ -207,7 +216,9 @@ def dense(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def execute(model: nn.Module, path: Path) -> Iterator[None]:
-    """Force the path: "masked" computes every unit and hides what is skipped, "skipping" does not compute it."""
+    """Force the path: "masked" computes every unit and hides what is skipped, "skipping" does not
+    compute it.
+    """
     with _with_options(model, path=path):
         yield
 
@@ -223,9 +234,11 @@ def open_forward(
     thresholds: list[float],
     path: Path,
 ) -> ForwardContext:
-    """Read padding, positions and phase from a decoder's arguments; inputs are ids (B, T) or embeddings (B, T, D).
+    """Read padding, positions and phase from a decoder's arguments; inputs are ids (B, T) or
+    embeddings (B, T, D).
 
-    Where `position_ids` start again, a new text of a packed row begins; as in transformers, only without a mask.
+    Where `position_ids` start again, a new text of a packed row begins; as in transformers, only
+    without a mask.
     """
     batch, length = inputs.shape[:2]
     start = int(cache.get_seq_length()) if cache is not None else 0  # type: ignore[attr-defined]
@@ -265,11 +278,13 @@ def _padding(
         kind = f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedCallError(
             f"routing needs the 2-D padding mask (batch, tokens) or none, got a {kind} mask; leave "
-            f"attention_mask 2-D (static caches and custom masks are not supported while routing is on)"
+            "attention_mask 2-D (static caches and custom masks are not supported while routing "
+            "is on)"
         )
     if mask.shape != (batch, start + length):
         raise UnsupportedCallError(
-            f"attention_mask must cover the cached and the new tokens: wanted {(batch, start + length)}, "
+            "attention_mask must cover the cached and the new tokens: wanted "
+            f"{(batch, start + length)}, "
             f"got {tuple(mask.shape)}"
         )
     real_BC = mask.to(device=device, dtype=torch.bool)
@@ -277,7 +292,9 @@ def _padding(
 
 
 def _packed(position_BT: Tensor) -> Tensor | None:
-    """Index of the packed sequence of each token, where position ids start again; None if they never do."""
+    """Index of the packed sequence of each token, where position ids start again; None if they
+    never do.
+    """
     fresh_BT = position_BT.diff(dim=1, prepend=position_BT[:, :1] - 1) != 1
     return fresh_BT.long().cumsum(1) if bool(fresh_BT.any()) else None
 
@@ -296,7 +313,8 @@ def _positions(
 def _threshold_column(thresholds: list[float], batch: int, device: torch.device) -> Tensor:
     if not thresholds or batch % len(thresholds):
         raise UnsupportedCallError(
-            f"budget must be one number or one a row: got {len(thresholds)} budgets for {batch} rows"
+            f"budget must be one number or one a row: got {len(thresholds)} budgets for {batch} "
+            "rows"
         )
     # Beams and num_return_sequences repeat the rows of a batch.
     values = torch.tensor(thresholds, dtype=torch.float32, device=device)
@@ -304,7 +322,9 @@ def _threshold_column(thresholds: list[float], batch: int, device: torch.device)
 
 
 def default_path(decoder: nn.Module, routing: Routing) -> Path:
-    """Masked where a gradient can be wanted: grad is on, and the model trains or a router can be trained."""
+    """Masked where a gradient can be wanted: grad is on, and the model trains or a router can be
+    trained.
+    """
     if not torch.is_grad_enabled():
         return "skipping"
     layers = decoder_layers(decoder)

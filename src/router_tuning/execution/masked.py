@@ -1,7 +1,7 @@
 """The differentiable path: every attention is computed, and what was skipped is hidden.
 
-Saves nothing. Used for training, where the gradient must also reach skipped tokens, and as the reference
-that the skipping path is tested against.
+Saves nothing. Used for training, where the gradient must also reach skipped tokens, and as the
+reference that the skipping path is tested against.
 
 Shapes: B batch, T tokens, D hidden.
 """
@@ -29,7 +29,9 @@ def masked_attention(
     unit: Unit,
     context: ForwardContext,
 ) -> tuple[Tensor, Tensor]:
-    """The attention's output for every token (B, T, D) and the gate (B, T) that has still to be applied."""
+    """The attention's output for every token (B, T, D) and the gate (B, T) that has still to be
+    applied.
+    """
     keep_BT = decided.keep_BT
     write_BT = context.real_BT if context.config.kv == "all" else permanent(keep_BT, context)
     context.note(unit, decided.record(write_BT, context))
@@ -45,12 +47,15 @@ def masked_attention(
 def _kept_keys_mask(
     attention: nn.Module, call: AttentionCall, keep_BT: Tensor, context: ForwardContext
 ) -> Tensor:
-    """The attention's own mask without the keys of skipped tokens: (B, 1, T, T), bool or additive."""
+    """The attention's own mask without the keys of skipped tokens: (B, 1, T, T), bool or
+    additive.
+    """
     implementation = attention.config._attn_implementation  # type: ignore[union-attr]
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedCallError(
             f'kv="kept" hides keys by a mask while training, which attention implementation '
-            f'{implementation!r} does not take; load the model with attn_implementation="sdpa" or "eager"'
+            f'{implementation!r} does not take; load the model with attn_implementation="sdpa" or '
+            '"eager"'
         )
     column_1T = context.column_T[None]
     visible = permanent(keep_BT, context)[:, None, :] | recent(
@@ -60,8 +65,8 @@ def _kept_keys_mask(
     if allowed is None:
         sliding = sliding_window_of(attention)
         allowed = causal(column_1T, column_1T, sliding)[:, None]
-    # A skipped query before any kept key would see nothing and give NaN; its own key is harmless, since its
-    # output is gated to zero.
+    # A skipped query before any kept key would see nothing and give NaN; its own key is harmless,
+    # since its output is gated to zero.
     diagonal = torch.eye(keep_BT.shape[1], dtype=torch.bool, device=keep_BT.device)
     mask = allowed & visible[:, None] | diagonal
     if implementation == "sdpa":

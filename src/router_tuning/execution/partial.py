@@ -1,7 +1,7 @@
 """Run only the upper decoder layers, on states that an earlier forward brought to them.
 
-The lower layers' forwards are replaced on the instances inside a `with` block and put back when it ends,
-whatever happens.
+The lower layers' forwards are replaced on the instances inside a `with` block and put back when it
+ends, whatever happens.
 
 Shapes: B batch, T tokens, D hidden.
 """
@@ -35,7 +35,9 @@ def entering_states(decoder: nn.Module, ids_BT: Tensor) -> list[Tensor]:
 
 @contextmanager
 def run_from(decoder: nn.Module, first: int, state_BTD: Tensor) -> Iterator[None]:
-    """Inside the block a forward starts at decoder layer `first`, with the given state entering it."""
+    """Inside the block a forward starts at decoder layer `first`, with the given state entering
+    it.
+    """
     lower = decoder_layers(decoder)[:first]
 
     def skipped(*args: Any, **kwargs: Any) -> Tensor:

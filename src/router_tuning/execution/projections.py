@@ -1,9 +1,10 @@
 """The parts of an attention, called one by one, so that skipped tokens are not projected.
 
-Works for any attention built of q_proj, k_proj, v_proj, o_proj, optional q_norm and k_norm over the head
-dimension, and the module's own `apply_rotary_pos_emb`. Everything runs on flat tokens.
+Works for any attention built of q_proj, k_proj, v_proj, o_proj, optional q_norm and k_norm over the
+head dimension, and the module's own `apply_rotary_pos_emb`. Everything runs on flat tokens.
 
-Shapes: N tokens (flat), H heads, D head dimension, B batch, Q and K padded numbers of queries and keys.
+Shapes: N tokens (flat), H heads, D head dimension, B batch, Q and K padded numbers of queries and
+keys.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
 
 
 def check_parts(attention: nn.Module) -> None:
-    """Raise UnsupportedModelError unless the attention is built of the parts that are called here."""
+    """Raise UnsupportedModelError unless the attention is built of the parts that are called
+    here.
+    """
     missing = [name for name in PARTS if not hasattr(attention, name)]
     if missing or _rotary(attention) is None:
         raise UnsupportedModelError(
-            f"{type(attention).__name__} is not built of {', '.join(PARTS)} and apply_rotary_pos_emb "
+            f"{type(attention).__name__} is not built of {', '.join(PARTS)} and "
+            "apply_rotary_pos_emb "
             f"(missing: {', '.join(missing) or 'apply_rotary_pos_emb'}); it cannot be routed"
         )
 
@@ -51,13 +55,16 @@ def attend(
     value_BHKD: Tensor,
     mask_B1QK: Tensor | None,
 ) -> Tensor:
-    """Attention output before the output projection: (B, Q, H, D). No mask means causal from the first key."""
+    """Attention output before the output projection: (B, Q, H, D). No mask means causal from the
+    first key.
+    """
     eager = attention.config._attn_implementation == "eager"
     if eager:
         function = _module_of(attention).eager_attention_forward
         mask_B1QK = _additive(mask_B1QK, query_BHQD, key_BHKD)
     else:
-        # Under flash and flex implementations too: they take no such mask, and the result is the same.
+        # Under flash and flex implementations too: they take no such mask, and the result is the
+        # same.
         function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     dropout = attention.attention_dropout if attention.training else 0.0
     output, _ = function(
@@ -69,7 +76,7 @@ def attend(
         dropout=dropout,
         scaling=attention.scaling,
     )
-    return output  # type: ignore[no-any-return]
+    return output
 
 
 def _heads(attention: Any, x_ND: Tensor, projection: str, norm: str | None) -> Tensor:
@@ -84,7 +91,7 @@ def _rotate(attention: nn.Module, x_NHD: Tensor, rope_ND: tuple[Tensor, Tensor])
     assert rotary is not None
     # The model's function rotates queries and keys together; the second argument has no heads here.
     rotated, _ = rotary(x_1HND, x_1HND[:, :0], rope_ND[0][None], rope_ND[1][None])
-    return rotated[0].transpose(0, 1)  # type: ignore[no-any-return]
+    return rotated[0].transpose(0, 1)
 
 
 def _rotary(attention: nn.Module) -> Callable[..., Any] | None:

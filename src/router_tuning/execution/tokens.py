@@ -1,7 +1,8 @@
-"""The skipping path of an attention: only kept tokens are queried, only the policy's keys are made and cached.
+"""The skipping path of an attention: only kept tokens are queried, only the policy's keys are made
+and cached.
 
-Kept tokens of all rows are gathered into one flat list for the projections, and packed into a rectangle
-(rows x longest row) for the attention itself. There is no loop over tokens or rows.
+Kept tokens of all rows are gathered into one flat list for the projections, and packed into a
+rectangle (rows x longest row) for the attention itself. There is no loop over tokens or rows.
 
 Shapes: B batch, T tokens of this forward, N gathered tokens, H heads, K keys, C columns.
 """
@@ -25,7 +26,9 @@ from router_tuning.units import Unit
 
 @dataclass(frozen=True)
 class Gathered:
-    """Some tokens of a forward, in order of row and column, and their places in a packed rectangle."""
+    """Some tokens of a forward, in order of row and column, and their places in a packed
+    rectangle.
+    """
 
     row_N: Tensor
     token_N: Tensor
@@ -64,7 +67,9 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys and values to attend to, with the column of each and whether it is visible beyond the window."""
+    """Keys and values to attend to, with the column of each and whether it is visible beyond the
+    window.
+    """
 
     key_BHKD: Tensor
     value_BHKD: Tensor
@@ -89,7 +94,7 @@ def skipping_attention(
     num_kept = int(keep_BT.sum())
     if num_kept == context.num_real and (layer is None or layer.store is None):
         context.note(unit, decided.record(context.real_BT, context))
-        return dense_forward(**call.kwargs)  # type: ignore[no-any-return]
+        return dense_forward(**call.kwargs)
     write_BT = _written(keep_BT, num_kept, call, context)
     context.note(unit, decided.record(write_BT, context))
     asked = Gathered.where(keep_BT)
@@ -132,7 +137,9 @@ def _attend(
 def _mask(
     attention: Any, asked: Gathered, column_BQ: Tensor, keys: Keys, context: ForwardContext
 ) -> Tensor | None:
-    """Which key each query sees: (B, 1, Q, K); None where that is plainly causal over the same tokens."""
+    """Which key each query sees: (B, 1, Q, K); None where that is plainly causal over the same
+    tokens.
+    """
     sliding = sliding_window_of(attention)
     fits = sliding is None or context.start + context.column_T.numel() <= sliding
     if keys.tokens is asked and keys.permanent_BK is None and context.sequence_BT is None and fits:
@@ -190,7 +197,9 @@ def _kept_keys(
     layer: RoutedCacheLayer | None,
     context: ForwardContext,
 ) -> Keys:
-    """kv="kept": the written tokens' keys together with those in the cache, which takes the new ones in."""
+    """kv="kept": the written tokens' keys together with those in the cache, which takes the new
+    ones in.
+    """
     key_NHD, value_NHD = keys_values(attention, written.pick(call.x_BTD), _rope(call, written))
     permanent_N = permanent_BT[written.row_N, written.token_N]
     if layer is None:

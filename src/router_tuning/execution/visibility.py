@@ -1,4 +1,5 @@
-"""Which key a query may see, in columns (token indices in the cache, pads included). Pure functions.
+"""Which key a query may see, in columns (token indices in the cache, pads included). Pure
+functions.
 
 Shapes: B batch, Q queries, K keys, T tokens of this forward. A column of -1 marks an empty slot.
 """
@@ -27,10 +28,11 @@ def recent(query_BQ: Tensor, key_BK: Tensor, window: int) -> Tensor:
 def sliding_window_of(attention: Any) -> int | None:
     """How many latest columns an attention sees by the model's own design; None where it sees all.
 
-    Most families keep the number on the attention; others read it from the config, by layer type if there is one.
+    Most families keep the number on the attention; others read it from the config, by layer type if
+    there is one.
     """
     if hasattr(attention, "sliding_window"):
-        return attention.sliding_window  # type: ignore[no-any-return]
+        return attention.sliding_window
     types = getattr(attention.config, "layer_types", None)
     if types is not None and types[attention.layer_idx] != "sliding_attention":
         return None

@@ -29,7 +29,8 @@ LABEL_ROOM = 0.055
 def loss_figure(result: Mapping[str, Any], path: str | Path, title: str = "") -> Path:
     """Draw the loss over dense against the kept fraction, a curve for each control.
 
-    Returns the path. All curves meet the dense model at a kept fraction of 1. The file's ending names its format.
+    Returns the path. All curves meet the dense model at a kept fraction of 1. The file's ending
+    names its format.
 
     Raises:
         RouterTuningError: the file cannot be written.
@@ -78,7 +79,7 @@ def _frame(axes: Any, result: Mapping[str, Any], title: str) -> None:
     axes.set_axisbelow(True)
     low, high = axes.get_xlim()
     # Room at the left for the labels of the curves.
-    axes.set_xlim(low - 0.42 * (high - low), high + 0.02 * (high - low))
+    axes.set_xlim(low - 0.3 * (high - low), high + 0.02 * (high - low))
     ticks = [t for t in axes.get_xticks() if low <= t <= 1.0]
     axes.set_xticks(ticks)
     dense = f"dense, {result['dense']['loss']:.3f}"
@@ -93,16 +94,18 @@ def _frame(axes: Any, result: Mapping[str, Any], title: str) -> None:
 
 
 def _label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write each curve's name at its left end, moved apart where two would touch."""
+    """Write each curve's name left of its end, moved up where two would touch."""
     bottom, top = axes.get_ylim()
+    left, right = axes.get_xlim()
     least = LABEL_ROOM * (top - bottom)
+    edge = min((end[0] for end in ends), default=0.0) - 0.025 * (right - left)
     height = bottom + 1.6 * least  # above the dense line's own label
     for kept, over, label, color in sorted(ends, key=lambda end: end[1]):
         height = max(over, height)
         axes.annotate(
             label,
             (kept, over),
-            xytext=(axes.get_xlim()[0] + 0.27 * (axes.get_xlim()[1] - axes.get_xlim()[0]), height),
+            xytext=(edge, height),
             textcoords="data",
             ha="right",
             va="center",
