@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from laws import Batch, Case, Counter, Run, difference, randomize, run
 from router_tuning import attach, dense, detach
 from router_tuning.cost import cost
-from router_tuning.embedded import load_model
+from router_tuning.embedded import load_model, load_tokenizer
 from router_tuning.record import same_decisions
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
-TOLERANCE = 2e-3
+TOLERANCE = 1e-2
 """Of logits of size about 20, in fp32 through 30 layers."""
 DELTA = 1e-3
 CHUNKS = [40, 24] + [1] * 8
@@ -28,23 +28,25 @@ CASES = [
 ]
 
 
+TEXTS = (
+    "The router reads the hidden state of each token and says whether attention is worth its price "
+    "there. Most tokens of a sentence are easy to foresee: the end of a word, or an article. " * 2,
+    "Paris is the capital of France, and Rome is the capital of Italy. " * 3,
+)
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[PreTrainedModel, Batch]:
     """The model in fp32, and two real texts of different lengths, padded on the left."""
-    loaded = load_model("smollm2-135m", dtype=torch.float32)
-    texts = [
-        "The router reads the hidden state of each token and says whether attention is worth its "
-        "price there. Most tokens of a sentence are easy to foresee: the end of a word, an article.",
-        "Paris is the capital of France, and",
-    ]
-    ids = [loaded.tokenizer(text)["input_ids"] for text in texts]
-    long = loaded.tokenizer(texts[0] * 3)["input_ids"][:72]
-    rows = torch.zeros((2, 72), dtype=torch.long)
-    mask = torch.zeros_like(rows)
-    for row, tokens in enumerate((long, (ids[1] * 6)[:50])):
-        rows[row, 72 - len(tokens) :] = torch.tensor(tokens)
-        mask[row, 72 - len(tokens) :] = 1
-    return loaded.model.eval(), Batch(rows, mask)
+    tokenizer = load_tokenizer("smollm2-135m")
+    ids = torch.zeros((2, 72), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (text, length) in enumerate(zip(TEXTS, (72, 45), strict=True)):
+        tokens = tokenizer(text)["input_ids"][:length]
+        assert len(tokens) == length
+        ids[row, 72 - length :] = torch.tensor(tokens)
+        mask[row, 72 - length :] = 1
+    return load_model("smollm2-135m", dtype=torch.float32), Batch(ids, mask)
 
 
 @pytest.fixture(params=CASES, ids=str)

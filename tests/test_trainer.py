@@ -470,6 +470,14 @@ class At(TrainerCallback):
         setattr(self, event, happen)
 
 
+@pytest.fixture
+def interactive() -> Iterator[None]:
+    """Python's own handler: a shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -479,6 +487,7 @@ def press_ctrl_c_twice() -> None:
     press_ctrl_c()
 
 
+@pytest.mark.usefixtures("interactive")
 @pytest.mark.parametrize(("press", "good_step"), [(press_ctrl_c, 3), (press_ctrl_c_twice, 2)])
 def test_ctrl_c_saves_and_resuming_goes_on(press: Any, good_step: int, tmp_path: Path) -> None:
     fields = {"budget_momentum": 0.5, "gradient_accumulation_steps": 2, "save_steps": 100}
@@ -510,6 +519,7 @@ def test_ctrl_c_while_the_routers_change_saves_nothing_half_done(tmp_path: Path)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+@pytest.mark.usefixtures("interactive")
 def test_ctrl_c_before_the_first_step_ends_saves_nothing(tmp_path: Path) -> None:
     stopped = trainer_of(routed(), tmp_path, callbacks=[At("on_step_begin", 1, press_ctrl_c_twice)])
     with pytest.raises(KeyboardInterrupt, match="nothing was saved"):

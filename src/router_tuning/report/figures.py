@@ -111,7 +111,13 @@ def _label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
             va="center",
             color=color,
             fontsize=10,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.7,
+                "alpha": 0.6,
+                "relpos": (1, 0.5),
+            },
         )
         height += least
 

@@ -1,0 +1,770 @@
+"""Every verb, in process, on a tiny model: results, JSON, YAML, exit codes, and errors without traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import router_tuning
+from router_tuning.cli import app, tuning
+from router_tuning.cli.adapters import RECORD, WORK
+from router_tuning.config import RoutingConfig
+from router_tuning.errors import TrainingError
+from router_tuning.peft_tuner import RouterTuningConfig
+from tiny import SENTENCES, tiny_model, tiny_tokenizer
+
+BUDGETS = (0.9, 0.8, 0.7)
+FEW = ["--steps", "4", "--batch-size", "2", "--length", "32", "--held-out", "4", "--seed", "1"]
+MEASURES = {"budget", "kept_fraction", "kept_of_routed", "loss", "answer_loss", "flops_fraction"}
+
+
+class Result:
+    """What a command left behind."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        found = CliRunner().invoke(app, arguments)
+        self.code, self.out, self.err = found.exit_code, found.stdout, found.stderr
+
+    @property
+    def said(self) -> str:
+        """Its stderr in one line, without the frames and breaks that typer puts in."""
+        return " ".join(self.err.replace("│", " ").split())
+
+
+def run(*arguments: object) -> Result:
+    """Run a command that shall succeed."""
+    result = Result([str(a) for a in arguments])
+    assert result.code == 0, result.err
+    return result
+
+
+def refused(code: int, *arguments: object) -> str:
+    """Run a command that shall fail with a code and no traceback; returns what it said."""
+    result = Result([str(a) for a in arguments])
+    assert result.code == code, (result.code, result.out, result.err)
+    assert "Traceback" not in result.err
+    return result.said
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, chat data and a text."""
+    home = tmp_path_factory.mktemp("cli")
+    tiny_model("llama").save_pretrained(home / "model")
+    tiny_tokenizer().save_pretrained(home / "model")
+    rows = [
+        {"prompt": f"What is number {i}?", "response": SENTENCES[i % len(SENTENCES)] + f" ({i})"}
+        for i in range(40)
+    ]
+    write_rows(home / "chat.jsonl", rows)
+    (home / "plain.txt").write_text(" ".join(SENTENCES * 6))
+    return home
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def adapter(home: Path) -> Path:
+    """An adapter that `tune` made from chat data."""
+    out = home / "adapter"
+    budgets = ",".join(map(str, BUDGETS))
+    run("tune", *data_options(home, out), "--budgets", budgets, "--json", home / "tuned.json")
+    return out
+
+
+def data_options(home: Path, out: Path) -> list[object]:
+    return ["--model", home / "model", "--data", home / "chat.jsonl", "--out", out, *FEW]
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+# --- The door ---
+
+
+def test_version() -> None:
+    assert run("--version").out == f"router-tuning {router_tuning.__version__}\n"
+
+
+def test_help_names_the_verbs() -> None:
+    said = run("--help").out
+    assert all(verb in said for verb in ("tune", "calibrate", "eval", "generate", "demo", "env"))
+
+
+@pytest.mark.parametrize("verb", ["tune", "calibrate", "eval", "generate", "demo", "env"])
+def test_every_verb_has_the_common_options(verb: str) -> None:
+    said = run(verb, "--help").out
+    assert all(option in said for option in ("--json", "--config", "--debug"))
+    assert ("--seed" in said) == (verb != "env")
+
+
+def test_help_needs_no_torch() -> None:
+    """The files of the command line import it in the verbs only. (The package itself is stood in for.)"""
+    source = str(Path(router_tuning.__file__).parent)
+    code = f"""
+import sys, types
+package = types.ModuleType("router_tuning")
+package.__path__, package.__version__ = [{source!r}], "0"
+sys.modules["router_tuning"] = package
+import router_tuning.cli
+heavy = sorted({{"torch", "transformers", "peft", "matplotlib", "datasets"}} & sys.modules.keys())
+sys.exit(", ".join(heavy))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_module_runs() -> None:
+    import router_tuning.__main__ as door
+    from router_tuning.cli import main
+
+    assert door.main is main
+
+
+def test_wrong_usage_is_2() -> None:
+    assert "No such command" in refused(2, "tuna")
+    assert "--model" in refused(2, "tune", "--out", "x")
+    assert "--nonsense" in refused(2, "env", "--nonsense")
+
+
+# --- tune ---
+
+
+def test_tune_leaves_an_adapter_and_its_record(home: Path, adapter: Path) -> None:
+    names = {p.name for p in adapter.iterdir()}
+    assert names == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        RECORD,
+        WORK,
+    }
+    config = config_of(adapter)
+    assert [e["budget"] for e in config["calibration"]] == sorted(BUDGETS)
+    assert config["default_budget"] == 0.75  # the one that was trained for
+    record = read(adapter / RECORD)
+    assert record == read(home / "tuned.json")
+    assert [row["budget"] for row in record["budgets"]] == list(BUDGETS)
+    for row in record["budgets"]:
+        assert row["kept_fraction"] == pytest.approx(row["budget"], abs=0.05)
+        assert row["loss"] > 0
+    assert record["train_windows"] == 8
+    assert {"task_loss", "kept", "budget_loss"} <= record["log"][0].keys()
+    assert any("eval_loss" in entry for entry in record["log"])
+
+
+def test_json_says_who_ran_what(home: Path, adapter: Path) -> None:
+    found = read(adapter / RECORD)["run"]
+    assert found["command"].startswith("router-tuning tune --model ")
+    assert found["seeds"] == [1]
+    assert found["versions"].keys() == {"router-tuning", "torch", "transformers", "peft", "python"}
+    assert found["device"] == "cpu"
+    assert found["dtype"] == "float32"
+    assert found["threads"] >= 1
+    assert found["data"] == {"tuned": str(home / "chat.jsonl")}
+    assert found["options"]["steps"] == 4
+
+
+def test_tune_shows_a_table(home: Path, tmp_path: Path) -> None:
+    said = run("tune", *data_options(home, tmp_path / "out"), "--budgets", "0.9").out
+    assert "held-out loss" in said
+    assert f"Adapter: {tmp_path / 'out'}" in said
+
+
+def test_tune_without_data_samples_answers(home: Path, tmp_path: Path) -> None:
+    options = ["--prompts", "12", "--answer-tokens", "8", "--budgets", "0.9"]
+    run("tune", "--model", home / "model", "--out", tmp_path / "out", *FEW, *options)
+    answers = (tmp_path / "out" / WORK / "answers.jsonl").read_text().splitlines()
+    assert 6 <= len(answers) <= 12
+    assert "shipped" in read(tmp_path / "out" / RECORD)["run"]["data"]["tuned"]
+
+
+def test_tune_on_plain_text(home: Path, tmp_path: Path) -> None:
+    options = ["--model", home / "model", "--data", home / "plain.txt", "--out", tmp_path / "out"]
+    run("tune", *options, *FEW, "--budgets", "0.9", "--objective", "lm")
+    record = read(tmp_path / "out" / RECORD)
+    assert record["train_windows"] >= 8
+    assert 1 <= record["held_out_windows"] <= 4
+
+
+def test_options_reach_the_adapter(home: Path, tmp_path: Path) -> None:
+    options = ["--kv-sink", "2", "--kv-window", "3", "--layers", "1-2", "--router", "bottleneck"]
+    run("tune", *data_options(home, tmp_path), *options, "--router-hidden", "4")
+    config = config_of(tmp_path)
+    assert (config["kv_sink"], config["kv_window"]) == (2, 3)
+    assert config["layers"] == [1, 2]
+    assert (config["router"], config["router_hidden"]) == ("bottleneck", 4)
+
+
+def test_budgets_that_cannot_be_met_are_skipped(home: Path, tmp_path: Path) -> None:
+    options = [*data_options(home, tmp_path), "--layers", "0,1", "--budgets", "0.9,0.6,0.5,0.4"]
+    said = run("tune", *options)
+    assert [e["budget"] for e in config_of(tmp_path)["calibration"]] == [0.6, 0.9]
+    assert read(tmp_path / RECORD)["not_calibrated"] == [0.5, 0.4]
+    assert "0.500 of the executions run in any case; not calibrated: 0.5, 0.4" in said.said
+
+
+def test_sequence_prefixes_run_in_any_case(home: Path, tmp_path: Path) -> None:
+    options = ["--granularity", "attn_sequence", "--decide-after", "16", "--budgets", "0.9,0.4"]
+    run("tune", *data_options(home, tmp_path), *options)
+    assert read(tmp_path / RECORD)["not_calibrated"] == [0.4]  # half of 32 tokens always run
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget", "0"], "a budget is the fraction"),
+        (["--budget", "1.2"], "a budget is the fraction"),
+        (["--budget", "nan"], "a budget is the fraction"),
+        (["--budgets", "0.9,x"], "--budgets wants numbers"),
+        (["--budgets", ","], "--budgets is empty"),
+        (["--budgets", "0.9,1.5"], "a budget is the fraction"),
+        (["--granularity", "attn"], "granularity must be one of"),
+        (["--kv", "some"], "kv must be one of"),
+        (["--kv", "all", "--kv-sink", "4"], "kv_sink and kv_window go with"),
+        (["--layers", "a-b"], "--layers wants indices"),
+        (["--layers", "99"], "99"),
+        (["--objective", "x"], "objective must be one of"),
+        (["--answers-only"], "--answers-only goes with --objective lm"),
+        (["--device", "tpu"], "--device must be one of"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--steps", "0"], "--steps"),
+        (["--resume", "--overwrite"], "give one of them"),
+    ],
+)
+def test_bad_options_of_tune(home: Path, tmp_path: Path, options: list[str], words: str) -> None:
+    assert words in refused(2, "tune", *data_options(home, tmp_path / "out"), *options)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_unknown_model(tmp_path: Path) -> None:
+    said = refused(1, "tune", "--model", tmp_path / "nothing", "--out", tmp_path / "out")
+    assert "nothing" in said
+
+
+def test_malformed_data_names_its_line(home: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": \n')
+    options = ["--model", home / "model", "--data", bad, "--out", tmp_path / "out"]
+    assert "bad.jsonl, line 2" in refused(2, "tune", *options)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "is empty" in refused(2, "tune", *options[:3], empty, *options[4:])
+
+
+# --- the output folder ---
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder_is_found_before_training(home: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert "cannot write" in refused(2, "tune", *data_options(home, tmp_path / "out"))
+    tmp_path.chmod(0o700)
+
+
+def test_folder_that_cannot_be_made_is_found_before_training(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tuning, "train", lambda *a, **k: pytest.fail("trained"))
+    assert "cannot write" in refused(2, "tune", *data_options(home, tmp_path / "file" / "out"))
+    assert "is a file" in refused(2, "tune", *data_options(home, tmp_path / "file"))
+
+
+def test_full_disk_is_found_before_training(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("router_tuning.cli.options.tempfile.TemporaryFile", full)
+    said = refused(2, "tune", *data_options(home, tmp_path / "out"))
+    assert "No space left on device" in said
+
+
+def test_folder_of_others_is_refused(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    said = refused(2, "tune", *data_options(home, tmp_path))
+    assert "thesis.txt" in said
+    assert "--overwrite" in said
+    assert "holds no tuning" in refused(2, "tune", *data_options(home, tmp_path), "--resume")
+    run("tune", *data_options(home, tmp_path), "--budgets", "0.9", "--overwrite")
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_finished_tuning_is_not_lost_by_accident(home: Path, adapter: Path) -> None:
+    before = (adapter / "adapter_model.safetensors").read_bytes()
+    assert "a finished tuning" in refused(2, "tune", *data_options(home, adapter))
+    assert (adapter / "adapter_model.safetensors").read_bytes() == before
+
+
+# --- Ctrl-C and resume ---
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Make Ctrl-C come after a step of training; None takes it back."""
+    shown = tuning._Show.on_step_end
+
+    def arm(step: int | None) -> None:
+        def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            shown(self, args, state, control, **kwargs)
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(tuning._Show, "on_step_end", on_step_end)
+
+    return arm
+
+
+def test_interrupted_tuning_resumes_to_the_same_adapter(
+    home: Path, tmp_path: Path, adapter: Path, stop_at: Callable[[int | None], None]
+) -> None:
+    options = [*data_options(home, tmp_path), "--budgets", "0.9,0.8,0.7"]
+    stop_at(2)
+    said = refused(130, "tune", *options)
+    assert "step 2 is saved" in said or "step 1 is saved" in said
+    assert "continue with --resume" in said
+    assert f"router-tuning tune --model {home / 'model'}" in said
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert "an interrupted tuning" in refused(2, "tune", *options)
+    stop_at(None)
+    run("tune", *options, "--resume")
+    ours, uninterrupted = (p / "adapter_model.safetensors" for p in (tmp_path, adapter))
+    assert ours.read_bytes() == uninterrupted.read_bytes()
+    assert config_of(tmp_path)["calibration"] == config_of(adapter)["calibration"]
+
+
+def test_interrupted_before_the_first_step(
+    home: Path, tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*data_options(home, tmp_path), "--budgets", "0.9,0.8,0.7"]
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "train", stop)
+        assert "no checkpoint was written yet" in refused(130, "tune", *options)
+    run("tune", *options, "--resume")
+    ours, uninterrupted = (p / "adapter_model.safetensors" for p in (tmp_path, adapter))
+    assert ours.read_bytes() == uninterrupted.read_bytes()
+
+
+def test_interrupted_while_calibrating(
+    home: Path, tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*data_options(home, tmp_path), "--budgets", "0.9,0.8,0.7"]
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "calibrate_windows", stop)
+        assert "step 4 is saved" in refused(130, "tune", *options)
+    run("tune", *options, "--resume")
+    assert config_of(tmp_path)["calibration"] == config_of(adapter)["calibration"]
+
+
+def test_resume_with_other_options_is_refused(
+    home: Path, tmp_path: Path, stop_at: Callable[[int | None], None]
+) -> None:
+    stop_at(2)
+    refused(130, "tune", *data_options(home, tmp_path))
+    said = refused(2, "tune", *data_options(home, tmp_path), "--resume", "--kv", "all")
+    assert "--kv was 'kept' and is 'all'" in said
+
+
+def test_resume_of_nothing_starts_at_the_beginning(home: Path, tmp_path: Path) -> None:
+    said = run("tune", *data_options(home, tmp_path / "new"), "--budgets", "0.9", "--resume")
+    assert "no tuning in" in said.said
+    assert (tmp_path / "new" / "adapter_config.json").exists()
+
+
+def test_training_that_cannot_go_on_is_3(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise TrainingError("the loss became nan in step 2; step 1 is saved")
+
+    monkeypatch.setattr(tuning.RouterTrainer, "train", fail)
+    assert "the loss became nan" in refused(3, "tune", *data_options(home, tmp_path))
+
+
+# --- calibrate ---
+
+
+@pytest.fixture
+def own(home: Path, adapter: Path, tmp_path: Path) -> Path:
+    """A copy of the adapter that a test may change."""
+    import shutil
+
+    return Path(shutil.copytree(adapter, tmp_path / "own"))
+
+
+def test_calibrate_rewrites_the_config(home: Path, own: Path, tmp_path: Path) -> None:
+    weights = (own / "adapter_model.safetensors").read_bytes()
+    options = ["--data", home / "plain.txt", "--length", "32", "--limit", "4"]
+    said = run("calibrate", "--adapter", own, "--budgets", "0.85,0.6", *options).out
+    assert "0.85" in said
+    config = config_of(own)
+    assert [e["budget"] for e in config["calibration"]] == [0.6, 0.85]
+    assert config["default_budget"] == 0.75
+    assert (own / "adapter_model.safetensors").read_bytes() == weights
+    assert "0.85" in (own / "README.md").read_text()
+
+
+def test_calibrate_takes_what_tune_held_back(home: Path, own: Path, tmp_path: Path) -> None:
+    before = config_of(own)["calibration"]
+    file = tmp_path / "c.json"
+    run("calibrate", "--adapter", own, "--budgets", "0.9,0.8,0.7", "--json", file)
+    assert config_of(own)["calibration"] == before  # the same text, the same thresholds
+    document = read(file)
+    assert document["run"]["data"] == {"calibrated": f"held back of {home / 'chat.jsonl'}"}
+    assert [row["budget"] for row in document["budgets"]] == list(BUDGETS)
+
+
+def test_calibrate_away_from_the_default_budget(own: Path) -> None:
+    said = run("calibrate", "--adapter", own, "--budgets", "0.95,0.9")
+    assert "0.75 is calibrated no longer" in said.said
+    assert config_of(own)["default_budget"] is None
+
+
+def test_calibrate_an_adapter_of_unknown_origin(own: Path) -> None:
+    (own / RECORD).unlink()
+    said = run("calibrate", "--adapter", own, "--budgets", "0.9", "--limit", "1")
+    assert "fresh answers to shipped prompts" in said.said
+
+
+def test_calibrate_what_is_no_adapter(tmp_path: Path, own: Path) -> None:
+    assert "no adapter folder" in refused(1, "calibrate", "--adapter", tmp_path / "none")
+    (own / "adapter_config.json").write_text("{")
+    assert "adapter_config.json" in refused(1, "calibrate", "--adapter", own)
+
+
+def test_truncated_weights(own: Path) -> None:
+    weights = own / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "cut short" in refused(1, "calibrate", "--adapter", own)
+
+
+def test_adapter_of_a_newer_version(own: Path) -> None:
+    config = config_of(own)
+    (own / "adapter_config.json").write_text(json.dumps({**config, "format_version": 99}))
+    assert "newer" in refused(1, "generate", "--adapter", own, "--prompt", "x")
+
+
+def test_adapter_of_another_model(home: Path, own: Path, tmp_path: Path) -> None:
+    tiny_model("llama", seed=5).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    said = refused(1, "calibrate", "--adapter", own, "--model", tmp_path / "other")
+    assert "other numbers" in said
+    tiny_model("qwen3").save_pretrained(tmp_path / "other")
+    said = refused(1, "calibrate", "--adapter", own, "--model", tmp_path / "other")
+    assert "qwen3" in said
+
+
+# --- eval ---
+
+
+def test_eval_writes_the_form_of_the_issue(home: Path, adapter: Path, tmp_path: Path) -> None:
+    data, file = home / "plain.txt", tmp_path / "e.json"
+    options = ["--length", "32", "--limit", "3", "--json", file]
+    said = run("eval", "--adapter", adapter, "--data", data, "--budgets", "0.9,0.8", *options).out
+    document = read(file)
+    assert document.keys() == {"dense", "routed", "run"}
+    assert document["dense"].keys() == {"loss", "answer_loss", "tokens"}
+    assert document["dense"]["tokens"] == 3 * 31
+    assert [row["budget"] for row in document["routed"]] == [0.9, 0.8]
+    assert all(row.keys() == MEASURES for row in document["routed"])
+    assert document["dense"]["answer_loss"] is None
+    assert document["run"]["data"] == {"measured": str(data)}
+    assert f"{document['dense']['loss']:.4f}" in said
+
+
+def test_eval_compares(home: Path, adapter: Path, tmp_path: Path) -> None:
+    static = tmp_path / "static"
+    run("tune", *data_options(home, static), "--router", "bias", "--budgets", "0.9,0.7")
+    file = tmp_path / "e.json"
+    options = ["--length", "32", "--limit", "3", "--budgets", "0.8", "--masks", "2", "--json", file]
+    data = ["--data", home / "plain.txt", "--adapter", adapter, "--compare"]
+    run("eval", *data, *options, "--learned-static", static)
+    document = read(file)
+    for control in ("random", "static_cosine", "static_greedy", "learned_static"):
+        (row,) = document[control]
+        assert row.keys() >= MEASURES
+        assert row["budget"] == 0.8
+    assert document["random"][0]["kept_fraction"] == pytest.approx(
+        document["routed"][0]["kept_fraction"], abs=0.12
+    )
+    assert document["run"]["seeds"] == [0, 1]
+    assert document["run"]["data"]["selection"] == f"held back of {home / 'chat.jsonl'}"
+    said = run("eval", *data, *options, "--selection-data", home / "chat.jsonl").out
+    assert "learned_static: left out" in said
+    assert "learned_static" not in read(file)
+    assert "wanted an adapter tuned with --router bias" in refused(
+        2, "eval", *data, *options, "--learned-static", adapter
+    )
+
+
+def test_eval_on_text_of_training_says_so(home: Path, adapter: Path) -> None:
+    options = ["--length", "32", "--limit", "2", "--budgets", "0.9"]
+    said = run("eval", "--adapter", adapter, "--data", home / "chat.jsonl", *options).said
+    assert "the adapter was tuned on" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budgets", "0.5"], "outside the calibrated range"),
+        (["--budgets", "0"], "a budget is the fraction"),
+        (["--budgets", "1.2"], "a budget is the fraction"),
+        (["--budgets", "nan"], "a budget is the fraction"),
+        (["--learned-static", "x"], "go with --compare"),
+    ],
+)
+def test_bad_options_of_eval(home: Path, adapter: Path, options: list[str], words: str) -> None:
+    data = ["--adapter", adapter, "--data", home / "plain.txt"]
+    assert words in refused(2, "eval", *data, *options)
+
+
+def test_eval_without_calibration(home: Path, own: Path) -> None:
+    config = {**config_of(own), "calibration": [], "default_budget": None}
+    (own / "adapter_config.json").write_text(json.dumps(config))
+    said = refused(2, "eval", "--adapter", own, "--data", home / "plain.txt")
+    assert "no budget is calibrated" in said
+
+
+def test_eval_without_data(adapter: Path, tmp_path: Path) -> None:
+    said = refused(2, "eval", "--adapter", adapter, "--data", tmp_path / "none.jsonl")
+    assert "no such file" in said
+
+
+# --- generate ---
+
+
+def test_generate_ends_with_what_was_kept(adapter: Path, tmp_path: Path) -> None:
+    file = tmp_path / "g.json"
+    options = ["--prompt", "What is the capital?", "--max-new-tokens", "12", "--json", file]
+    said = run("generate", "--adapter", adapter, "--budget", "0.7", *options).out
+    document = read(file)
+    assert 0 < document["new_tokens"] <= 12
+    assert document["kept_fraction"] < 0.95
+    assert document["kv_bytes"] < document["dense_kv_bytes"]
+    assert f"kept {document['kept_fraction']:.3f}" in said
+    assert document["text"].split()[0] in said
+    assert document["run"]["seeds"] == []
+
+
+def test_generate_at_budget_1_keeps_everything(adapter: Path, tmp_path: Path) -> None:
+    file = tmp_path / "g.json"
+    options = ["--prompt", "Hello", "--max-new-tokens", "4", "--raw", "--json", file]
+    run("generate", "--adapter", adapter, "--budget", "1", *options)
+    document = read(file)
+    assert document["kept_fraction"] == 1.0
+    assert document["kv_bytes"] == document["dense_kv_bytes"]
+
+
+def test_generate_samples_by_seed(adapter: Path, tmp_path: Path) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        file = tmp_path / "g.json"
+        options = ["--prompt", "Hello", "--max-new-tokens", "16", "--sample", "--seed", seed]
+        run("generate", "--adapter", adapter, *options, "--json", file)
+        texts.append(read(file)["text"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_bad_options_of_generate(adapter: Path) -> None:
+    start = ["generate", "--adapter", adapter]
+    assert "the prompt is empty" in refused(2, *start, "--prompt", " ")
+    assert "outside the calibrated" in refused(2, *start, "--prompt", "x", "--budget", "0.2")
+    assert "a budget is the" in refused(2, *start, "--prompt", "x", "--budget", "0")
+    sampled = [*start, "--prompt", "x", "--sample"]
+    assert "--temperature" in refused(2, *sampled, "--temperature", "0")
+
+
+# --- env ---
+
+
+def test_env(tmp_path: Path) -> None:
+    file = tmp_path / "env.json"
+    said = run("env", "--json", file).out
+    document = read(file)
+    assert document["versions"]["router-tuning"] == router_tuning.__version__
+    assert "smollm2-135m" in document["embedded models"]
+    assert document["versions"]["torch"] in said
+
+
+# --- --config, --json, --debug ---
+
+
+def test_config_file_gives_options_and_the_command_line_wins(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tune.yaml"
+    file.write_text(
+        f"model: {home / 'model'}\ndata: {home / 'chat.jsonl'}\nsteps: 2\nkv-window: 3\nkv_sink: 2\n"
+        f"batch-size: 2\nlength: 32\nheld-out: 2\nbudgets: [0.9, 0.8]\nlayers: [0, 2]\nresume: null\n"
+    )
+    run("tune", "--config", file, "--out", tmp_path / "out", "--kv-sink", "1")
+    config = config_of(tmp_path / "out")
+    assert (config["kv_sink"], config["kv_window"]) == (1, 3)
+    assert config["layers"] == [0, 2]
+    assert [e["budget"] for e in config["calibration"]] == [0.8, 0.9]
+    assert read(tmp_path / "out" / RECORD)["settings"]["steps"] == 2
+
+
+def test_config_file_sets_flags_by_either_name(adapter: Path, tmp_path: Path) -> None:
+    for text, seeds in (("greedy: false", [0]), ("sample: true", [0]), ("sample: false", [])):
+        (tmp_path / "g.yaml").write_text(f"{text}\nmax-new-tokens: 2\nprompt: Hello\n")
+        options = ["--config", tmp_path / "g.yaml", "--json", tmp_path / "g.json"]
+        run("generate", "--adapter", adapter, *options)
+        assert read(tmp_path / "g.json")["run"]["seeds"] == seeds
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stepz: 3", "unknown option 'stepz'"),
+        ("config: x.yaml", "unknown option 'config'"),
+        ("- 1", "wanted option names with values"),
+        ("a: [", "line 1: not valid YAML"),
+        ("steps: many", "'many' is not a valid int"),
+        ("steps: {a: 1}", "wants one value or a list"),
+    ],
+)
+def test_bad_config_file(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    options = ["--model", "x", "--out", tmp_path / "out", "--config", tmp_path / "c.yaml"]
+    assert words in refused(2, "tune", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_file_that_is_not_there(tmp_path: Path) -> None:
+    assert "cannot be read" in refused(2, "env", "--config", tmp_path / "none.yaml")
+
+
+def test_json_that_cannot_be_written_is_found_first(home: Path, tmp_path: Path) -> None:
+    options = [*data_options(home, tmp_path / "out"), "--json", tmp_path / "none" / "x.json"]
+    assert "cannot write" in refused(2, "tune", *options)
+    assert "is a folder" in refused(2, "env", "--json", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_json_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from router_tuning.cli.records import write_json
+    from router_tuning.errors import RouterTuningError
+
+    file = tmp_path / "x.json"
+    write_json(file, {"a": float("inf"), "b": (1, Path("p"))})
+    assert read(file) == {"a": None, "b": [1, "p"]}
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("router_tuning.cli.records.os.replace", full)
+    with pytest.raises(RouterTuningError, match="No space left"):
+        write_json(file, {"a": 2})
+    assert read(file)["a"] is None
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_debug_shows_where(adapter: Path) -> None:
+    options = ["generate", "--adapter", str(adapter), "--prompt", "x", "--budget", "0.2"]
+    result = Result([*options, "--debug"])
+    assert result.code == 2
+    assert "Traceback" in result.err
+    assert "outside the calibrated range" in result.err
+
+
+def test_unexpected_error_asks_for_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr("router_tuning.cli.env._found", broken)
+    said = refused(1, "env")
+    assert "unexpected ZeroDivisionError: by nothing" in said
+    assert "--debug" in said
+
+
+def test_ctrl_c_anywhere_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("router_tuning.cli.env._found", stop)
+    assert "stopped by Ctrl-C" in refused(130, "env")
+
+
+# --- demo ---
+
+
+def demo_options(home: Path, out: Path) -> list[object]:
+    small = ["--steps", 3, "--prompts", 24, "--answer-tokens", 8, "--length", 32]
+    return ["demo", "--model", home / "model", "--out", out, *small, "--max-new-tokens", 4]
+
+
+def test_demo_leaves_adapter_numbers_and_figure(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = [*demo_options(home, out), "--budgets", "0.75,0.5", "--json", tmp_path / "d.json"]
+    said = run(*options)
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in out.iterdir()} == names | {"demo.json", "demo.png"}
+    document = read(out / "demo.json")
+    assert document == read(tmp_path / "d.json")
+    for name in ("routed", "random", "static_cosine"):
+        assert [row["budget"] for row in document[name]] == [0.75, 0.5]
+        assert all(row.keys() >= MEASURES for row in document[name])
+    for row in document["static_cosine"]:  # of four layers, one and two are dropped
+        assert row["kept_fraction"] == row["budget"]
+    dense, routed = document["answers"]
+    assert dense["kept_fraction"] == 1.0
+    assert routed["budget"] == 0.5
+    assert str(out / "demo.png") in said.out
+    assert "router-tuning generate --adapter" in said.out
+    assert RouterTuningConfig.from_pretrained(str(out)).calibration
+    run(*options)  # again, over its own folder
+    (out / "demo.json").unlink()
+    assert "--overwrite" in refused(2, *demo_options(home, out))
+
+
+def test_demo_needs_enough_text(home: Path, tmp_path: Path) -> None:
+    options = [*demo_options(home, tmp_path), "--prompts", 10, "--length", 4096]
+    assert "ask for more --prompts" in refused(2, *options)
+
+
+# --- what is trained on is never measured on ---
+
+
+def test_no_example_is_on_both_sides(home: Path) -> None:
+    from router_tuning.cli.material import _split
+
+    recipe = tuning.Settings(model="m", data=str(home / "chat.jsonl"), seed=3).recipe()
+    held, rest = _split(recipe, None, None, None)
+    assert (len(held), len(rest)) == (4, 36)
+    assert not {e.messages[0]["content"] for e in held if e.messages} & {
+        e.messages[0]["content"] for e in rest if e.messages
+    }
+
+
+def test_settings_follow_the_routing_defaults() -> None:
+    """What `tune` leaves alone is what RoutingConfig says, but for the budget that is trained for."""
+    routing, fresh = tuning.Settings(model="m").routing(), RoutingConfig()
+    assert vars(routing) == {**vars(fresh), "budget": 0.75}
