@@ -91,7 +91,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--calibration-windows", type=int, default=16)
     parser.add_argument("--report-windows", type=int, default=32)
     parser.add_argument("--static", type=_numbers(int), default=[], help="numbers of units to drop")
-    parser.add_argument("--greedy-windows", type=int, default=4)
+    parser.add_argument("--greedy-windows", type=int, default=4, help="0 leaves it out: slow")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", required=True)
     parser.add_argument("--continue", dest="resume", action="store_true")
@@ -196,12 +196,10 @@ def _static(options: argparse.Namespace, model: Any, material: dict[str, Any]) -
     """Both static controls, at whole numbers of dropped units."""
     routed = get_peft_model(model, RouterTuningConfig(kv="all"))
     held = material["held_back"]
-    orders = {
-        "cosine": cosine_order(routed, held),
-        "greedy": greedy_order(
-            routed, held.take(range(options.greedy_windows)), max(options.static)
-        ),
-    }
+    orders = {"cosine": cosine_order(routed, held)}
+    if options.greedy_windows:
+        few = held.take(range(options.greedy_windows))
+        orders["greedy"] = greedy_order(routed, few, max(options.static))
     found: dict[str, Any] = {"orders": orders}
     for name, windows in material["report"].items():
         found[name] = {}

@@ -1,7 +1,9 @@
-"""What the law tests share: routed tiny models with random routers, batches, ways to run them, comparisons.
+"""What the law tests share: routed tiny models with random routers, batches, ways to run them,
+comparisons.
 
-A comparison has two parts. Outputs are compared under replayed decisions, to LOGIT_TOLERANCE of the dtype.
-Decisions are compared apart: they may differ only where a logit lies within DELTA of its threshold.
+A comparison has two parts. Outputs are compared under replayed decisions, to LOGIT_TOLERANCE of the
+dtype. Decisions are compared apart: they may differ only where a logit lies within DELTA of its
+threshold.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ LOGIT_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.25}
 DELTA = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Router logits (of size about 1) this near to their threshold may fall either way."""
 EFFECT = 0.5
-"""Skipping moves the tiny models' logits by at least this, so that the comparisons prove something."""
+"""Skipping moves the tiny models' logits by at least this, so that the comparisons prove
+something.
+"""
 
 SLIDING = 6
 DECIDE_AFTER = 3
@@ -88,7 +92,9 @@ def routed_model(case: Case = Case(), *, router_seed: int = 1, **options: Any) -
 
 
 def randomize(model: nn.Module, seed: int = 1, scale: float = 1.0) -> None:
-    """Give the linear routers random weights; logits are then about normal, with a mean near zero."""
+    """Give the linear routers random weights; logits are then about normal, with a mean near
+    zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     for unit in routing_of(model).units:
         score: Any = getattr(decoder_layers(decoder_of(model))[unit.layer_idx], ROUTER_CHILD).score
@@ -98,7 +104,9 @@ def randomize(model: nn.Module, seed: int = 1, scale: float = 1.0) -> None:
 
 
 def calibrate_by_hand(model: nn.Module) -> None:
-    """Let budget 0.1 stand for the threshold 1 and 0.9 for -1, so that budgets between them can be asked."""
+    """Let budget 0.1 stand for the threshold 1 and 0.9 for -1, so that budgets between them can be
+    asked.
+    """
     routing_of(model).config.calibration = [
         {"budget": 0.1, "threshold": 1.0},
         {"budget": 0.9, "threshold": -1.0},
@@ -159,7 +167,9 @@ def run(
     cache: Any = None,
     **options: Any,
 ) -> Run:
-    """Logits and trace of a batch: in one forward without a cache, or chunk by chunk over one cache."""
+    """Logits and trace of a batch: in one forward without a cache, or chunk by chunk over one
+    cache.
+    """
     replayed = nullcontext() if decisions is None else replay(model, decisions)
     forced: Any = nullcontext() if path is None else execute(model, path)  # type: ignore[arg-type]
     with torch.no_grad(), replayed, forced, record(model) as trace:
@@ -202,10 +212,13 @@ def assert_close(a: Run, b: Run, real: Tensor) -> None:
 
 
 def assert_same_decisions(a: Run, b: Run) -> None:
-    """Same decisions, but for logits within DELTA of their threshold; the flips are named when it fails."""
+    """Same decisions, but for logits within DELTA of their threshold; the flips are named when it
+    fails.
+    """
     same, flips = same_decisions(a.trace, b.trace, DELTA[a.logits.dtype])
     assert same, f"decisions differ beyond delta; {flips} more lie within it"
-    # A flip in an early layer moves later logits by more than rounding, so it would fail above. There is none.
+    # A flip in an early layer moves later logits by more than rounding, so it would fail above.
+    # There is none.
     assert flips == 0, f"{flips} decisions lie within delta of their threshold: take another seed"
 
 
@@ -247,7 +260,9 @@ class Counter:
 
 
 def held_columns(case: Case, keep: Tensor, real: Tensor, sliding: int | None) -> list[set[int]]:
-    """The columns whose keys the policy names after all columns have gone by, row by row, the obvious way."""
+    """The columns whose keys the policy names after all columns have gone by, row by row, the
+    obvious way.
+    """
     rows = []
     for keep_C, real_C in zip(keep.tolist(), real.tolist(), strict=True):
         seen, position, columns = len(real_C), -1, set()

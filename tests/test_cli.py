@@ -1,12 +1,15 @@
-"""Every verb, in process, on a tiny model: results, JSON, YAML, exit codes, and errors without traceback."""
+"""Every verb, in process, on a tiny model: results, JSON, YAML, exit codes, and errors without
+traceback.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +119,9 @@ def test_every_verb_has_the_common_options(verb: str) -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    """The files of the command line import it in the verbs only. (The package itself is stood in for.)"""
+    """The files of the command line import it in the verbs only. (The package itself is stood in
+    for.)
+    """
     source = str(Path(router_tuning.__file__).parent)
     code = f"""
 import sys, types
@@ -125,7 +130,7 @@ package.__path__, package.__version__ = [{source!r}], "0"
 sys.modules["router_tuning"] = package
 import router_tuning.cli
 heavy = sorted({{"torch", "transformers", "peft", "matplotlib", "datasets"}} & sys.modules.keys())
-sys.exit(", ".join(heavy))
+sys.exit(", ".join(heavy) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -264,9 +269,8 @@ def test_malformed_data_names_its_line(home: Path, tmp_path: Path) -> None:
     bad.write_text('{"text": "fine"}\n{"text": \n')
     options = ["--model", home / "model", "--data", bad, "--out", tmp_path / "out"]
     assert "bad.jsonl, line 2" in refused(2, "tune", *options)
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    assert "is empty" in refused(2, "tune", *options[:3], empty, *options[4:])
+    bad.write_text("")
+    assert "is empty" in refused(2, "tune", *options, "--overwrite")
 
 
 # --- the output folder ---
@@ -319,19 +323,22 @@ def test_finished_tuning_is_not_lost_by_accident(home: Path, adapter: Path) -> N
 
 
 @pytest.fixture
-def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Make Ctrl-C come after a step of training; None takes it back."""
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], None]]:
+    """Press Ctrl-C after a step of training; None takes it back."""
     shown = tuning._Show.on_step_end
+    # A worker of pytest-xdist ignores the signal; a command line never does.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def arm(step: int | None) -> None:
         def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             shown(self, args, state, control, **kwargs)
             if state.global_step == step:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
         monkeypatch.setattr(tuning._Show, "on_step_end", on_step_end)
 
-    return arm
+    yield arm
+    signal.signal(signal.SIGINT, before)
 
 
 def test_interrupted_tuning_resumes_to_the_same_adapter(
@@ -340,7 +347,7 @@ def test_interrupted_tuning_resumes_to_the_same_adapter(
     options = [*data_options(home, tmp_path), "--budgets", "0.9,0.8,0.7"]
     stop_at(2)
     said = refused(130, "tune", *options)
-    assert "step 2 is saved" in said or "step 1 is saved" in said
+    assert "step 2 is saved" in said
     assert "continue with --resume" in said
     assert f"router-tuning tune --model {home / 'model'}" in said
     assert not (tmp_path / "adapter_model.safetensors").exists()
@@ -619,8 +626,10 @@ def test_env(tmp_path: Path) -> None:
 def test_config_file_gives_options_and_the_command_line_wins(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "tune.yaml"
     file.write_text(
-        f"model: {home / 'model'}\ndata: {home / 'chat.jsonl'}\nsteps: 2\nkv-window: 3\nkv_sink: 2\n"
-        f"batch-size: 2\nlength: 32\nheld-out: 2\nbudgets: [0.9, 0.8]\nlayers: [0, 2]\nresume: null\n"
+        f"model: {home / 'model'}\ndata: {home / 'chat.jsonl'}\nsteps: 2\nkv-window: 3\nkv_sink: "
+        "2\n"
+        "batch-size: 2\nlength: 32\nheld-out: 2\nbudgets: [0.9, 0.8]\nlayers: [0, 2]\nresume: "
+        "null\n"
     )
     run("tune", "--config", file, "--out", tmp_path / "out", "--kv-sink", "1")
     config = config_of(tmp_path / "out")
@@ -645,7 +654,7 @@ def test_config_file_sets_flags_by_either_name(adapter: Path, tmp_path: Path) ->
         ("config: x.yaml", "unknown option 'config'"),
         ("- 1", "wanted option names with values"),
         ("a: [", "line 1: not valid YAML"),
-        ("steps: many", "'many' is not a valid int"),
+        ("steps: many", "--steps"),
         ("steps: {a: 1}", "wants one value or a list"),
     ],
 )
@@ -765,6 +774,8 @@ def test_no_example_is_on_both_sides(home: Path) -> None:
 
 
 def test_settings_follow_the_routing_defaults() -> None:
-    """What `tune` leaves alone is what RoutingConfig says, but for the budget that is trained for."""
+    """What `tune` leaves alone is what RoutingConfig says, but for the budget that is trained
+    for.
+    """
     routing, fresh = tuning.Settings(model="m").routing(), RoutingConfig()
     assert vars(routing) == {**vars(fresh), "budget": 0.75}

@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +23,6 @@ from types import SimpleNamespace
 import gguf
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from router_tuning import embedded
@@ -529,30 +527,6 @@ def test_dtype_is_as_asked(tiny_alias: Path, dtype: str | torch.dtype, wanted: t
 
 def test_device_is_as_asked(tiny_alias: Path) -> None:
     assert load_model("tiny", device="meta").device.type == "meta"
-
-
-def test_peft_writes_the_alias_and_finds_the_model_by_it(
-    tiny_alias: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    tuned = get_peft_model(load_model("tiny"), config)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Could not find a config file in tiny")
-        tuned.save_pretrained(tmp_path / "adapter")
-    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert written["base_model_name_or_path"] == "tiny"
-
-    aware = embedded.alias_aware_auto_class()
-    monkeypatch.setattr(AutoPeftModelForCausalLM, "_target_class", aware)
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert loaded.get_base_model().name_or_path == "tiny"
-    ids = token_ids()
-    assert torch.equal(loaded(ids).logits, tuned.eval()(ids).logits)
-    tiny_model().save_pretrained(tmp_path / "own")
-    assert aware.from_pretrained(tmp_path / "own").name_or_path == str(tmp_path / "own")
-
-
-# --- What cannot be loaded
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "a/b/c", "~/nowhere-at-all"])

@@ -1,6 +1,7 @@
 """Laws 1 to 3: fresh routers change nothing, skipping equals masking, cached equals uncached.
 
-Over family x granularity x key/value policy x phase; laws.py says how outputs and decisions are compared.
+Over family x granularity x key/value policy x phase; laws.py says how outputs and decisions are
+compared.
 """
 
 from __future__ import annotations
@@ -305,7 +306,9 @@ def test_a_one_token_prompt_and_a_prefix_that_spans_chunks(case: Case, chunks: l
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("policy", [{"kv": "all"}, {"kv": "kept"}, {"sink": 2, "window": 9}])
 def test_pads_in_the_middle_of_a_conversation(family: str, policy: dict[str, Any]) -> None:
-    """Turns of different lengths, padded on the right in the first turn and on the left in the second."""
+    """Turns of different lengths, padded on the right in the first turn and on the left in the
+    second.
+    """
     model, given = routed_model(Case(family=family, **policy)), batch(padded=False)
     given.mask[0, 5:9] = 0
     given.mask[1, 9:13] = 0
@@ -321,7 +324,9 @@ def test_pads_in_the_middle_of_a_conversation(family: str, policy: dict[str, Any
 
 @every_case
 def test_a_crop_takes_tokens_back(case: Case) -> None:
-    """As assisted decoding does: wrong tokens are run, cropped, and the right ones run in their place."""
+    """As assisted decoding does: wrong tokens are run, cropped, and the right ones run in their
+    place.
+    """
     model, given = routed_model(case), batch(rows=2, padded=False)
     whole = run(model, given)
     wrong = Batch(given.ids.flip(1), given.mask)

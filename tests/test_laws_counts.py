@@ -1,7 +1,7 @@
 """Laws 6 and 10: skipped means not called, and what is reported is what ran.
 
-The rows that enter each projection are counted by hooks, and compared with the record, the cache and the cost
-model.
+The rows that enter each projection are counted by hooks, and compared with the record, the cache
+and the cost model.
 """
 
 from __future__ import annotations
@@ -231,9 +231,10 @@ def counted(model: nn.Module, given: Batch, chunks: list[int] | None) -> tuple[R
 def test_the_cost_equals_torchs_flop_counter(case: Case, phase: str) -> None:
     """All terms agree but two, which are counted here: bias additions and what rectangles add.
 
-    The cost model counts a router's bias (torch's counter leaves biases out) and only the visible pairs of
-    query and key; eager attention multiplies the whole rectangle of queries and keys, hidden pairs included, so
-    torch's count of `bmm` is an upper bound. The rotary table's outer product is no part of the cost model.
+    The cost model counts a router's bias (torch's counter leaves biases out) and only the visible
+    pairs of query and key; eager attention multiplies the whole rectangle of queries and keys,
+    hidden pairs included, so torch's count of `bmm` is an upper bound. The rotary table's outer
+    product is no part of the cost model.
     """
     model = routed_model(case, attn_implementation="eager")
     given = batch(rows=1, padded=False)

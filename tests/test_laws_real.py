@@ -1,4 +1,6 @@
-"""The core laws on a real pretrained model, SmolLM2-135M: the sizes, numbers and kernels that people run."""
+"""The core laws on a real pretrained model, SmolLM2-135M: the sizes, numbers and kernels that
+people run.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def routed(request: Any, smollm2: tuple[PreTrainedModel, Batch]) -> Iterator[tup
 
 
 def same(a: Run, b: Run) -> int:
-    """How many decisions flipped; none may lie beyond DELTA of its threshold, unless a flip came before it."""
+    """How many decisions flipped; none may lie beyond DELTA of its threshold, unless a flip came
+    before it.
+    """
     ok, flips = same_decisions(a.trace, b.trace, DELTA)
     assert ok or flips
     return flips

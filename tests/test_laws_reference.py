@@ -1,7 +1,7 @@
 """Both paths against a slow and obvious reference, and against each other on random inputs.
 
-The reference is a Llama written out as a loop over tokens, one row at a time, without padding, cache or masks:
-`x <- x + keep * attention`, where the keys that a token sees are listed one by one.
+The reference is a Llama written out as a loop over tokens, one row at a time, without padding,
+cache or masks: `x <- x + keep * attention`, where the keys that a token sees are listed one by one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Reference:
     sliding: int | None
 
     def logits(self, ids: Tensor, keep: dict[int, list[bool]]) -> Tensor:
-        """Logits (T, V) of the row's tokens; `keep` says for each layer which tokens run its attention."""
+        """Logits (T, V) of the row's tokens; `keep` says for each layer which tokens run its
+        attention.
+        """
         decoder = self.model.model
         states = [decoder.embed_tokens.weight[token] for token in ids.tolist()]
         for index, layer in enumerate(decoder.layers):
@@ -64,7 +66,9 @@ class Reference:
         return torch.stack([self.model.lm_head.weight @ norm(decoder.norm, x) for x in states])
 
     def sees(self, query: int, key: int, keep: list[bool]) -> bool:
-        """Whether a query that runs sees a key: by the key/value policy, and in the sliding window."""
+        """Whether a query that runs sees a key: by the key/value policy, and in the sliding
+        window.
+        """
         if self.sliding is not None and query - key >= self.sliding:
             return False
         if self.case.kv == "all" or keep[key]:

@@ -426,8 +426,8 @@ def test_a_router_moves_to_the_device_of_its_layer() -> None:
     layer.keep_logits["default"].to_empty(device="cpu")  # as low_cpu_mem_usage leaves it
     layer._move_adapter_to_device_of_base_layer("default")
     assert all(p.device == meta for p in layer.parameters())
-    with pytest.raises(AttributeError, match="no weight"):
-        layer.weight  # noqa: B018
+    assert not hasattr(layer, "weight")  # PEFT's own looks for it in itself, without end
+    assert not hasattr(layer, "bias")
 
 
 @pytest.mark.parametrize("loader", CHECKED)

@@ -130,4 +130,8 @@ def test_report_reads_no_model() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.partition(".")[0] for name in names} & {"torch", "peft", "transformers"}
+            assert not {name.partition(".")[0] for name in names} & {
+                "torch",
+                "peft",
+                "transformers",
+            }

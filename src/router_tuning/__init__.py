@@ -10,7 +10,17 @@ from router_tuning.calibration import calibrate, calibrate_windows
 from router_tuning.config import RoutingConfig
 from router_tuning.data import Example, WindowDataset, Windows, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
-from router_tuning.errors import RouterTuningError
+from router_tuning.errors import (
+    AdapterError,
+    BaseModelMismatchError,
+    BudgetError,
+    ConfigError,
+    DataError,
+    RouterTuningError,
+    TrainingError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
 from router_tuning.evaluation.perplexity import evaluate, window_loss
 from router_tuning.execution.context import decided_by, dense, execute, record, replay
 from router_tuning.peft_tuner import (
@@ -29,6 +39,11 @@ from router_tuning.training.trainer import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterError",
+    "BaseModelMismatchError",
+    "BudgetError",
+    "ConfigError",
+    "DataError",
     "Example",
     "RandomMask",
     "RouterTrainer",
@@ -40,6 +55,9 @@ __all__ = [
     "RoutingConfig",
     "StaticDrop",
     "Trace",
+    "TrainingError",
+    "UnsupportedCallError",
+    "UnsupportedModelError",
     "WindowDataset",
     "Windows",
     "attach",

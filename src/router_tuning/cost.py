@@ -9,6 +9,7 @@ Shapes: B batch, C columns (tokens, pads included).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from router_tuning.config import RoutingConfig
+from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.context import ROUTER_CHILD, routing_of
 from router_tuning.execution.visibility import sliding_window_of
 from router_tuning.record import ForwardRecord, Trace
@@ -44,7 +46,22 @@ def flops_fraction(model: nn.Module, trace: Trace) -> float:
 
 
 def cost(model: nn.Module, trace: Trace) -> Cost:
-    """Add up a trace. Consecutive forwards over one cache are taken together."""
+    """Add up a trace. Consecutive forwards over one cache are taken together, also where it was
+    cropped between them. Beam search reorders rows unseen: there, what a query sees is that of its
+    row's own past.
+
+    Raises:
+        UnsupportedCallError: the trace begins in the middle of a conversation, or is empty.
+    """
+    if not trace.forwards or trace.forwards[0].start:
+        raise UnsupportedCallError(
+            "the cost needs to know what was kept from the first token on, but this trace "
+            + (
+                f"begins at token {trace.forwards[0].start}; record the whole conversation"
+                if trace.forwards
+                else "is empty; run the model inside `with record(model) as trace:`"
+            )
+        )
     decoder = decoder_of(model)
     config = routing_of(model).config
     tokens = sum(int(f.real_BT.sum()) for f in trace.forwards)
@@ -68,65 +85,120 @@ def _attention_cost(
     config: RoutingConfig,
 ) -> Cost:
     attention: Any = attention_of(decoder, layer)
-    real_BC = torch.cat([f.real_BT for f in episode], dim=1)
-    keep_BC = write_BC = real_BC
+    sliding = sliding_window_of(attention)
+    pairs = dense_pairs = 0
+    for stretch in _stretches(episode):
+        columns = _Columns.of(stretch, name, config)
+        pairs += columns.pairs(columns.keep_BC, columns.permanent_BC, config.kv_window, sliding)
+        dense_pairs += columns.pairs(columns.real_BC, columns.real_BC, 0, sliding)
+    num_real = sum(int(f.real_BT.sum()) for f in episode)
+    num_kept = num_written = num_real
+    router = 0
     if name is not None:
-        keep_BC = torch.cat([f.units[name].keep_BT for f in episode], dim=1)
-        write_BC = torch.cat([f.units[name].write_BT for f in episode], dim=1)
+        num_kept = sum(int(f.units[name].keep_BT.sum()) for f in episode)
+        num_written = sum(int(f.units[name].write_BT.sum()) for f in episode)
+        router = 2 * sum(p.numel() for p in getattr(layer, ROUTER_CHILD).parameters())
     query = 2 * (attention.q_proj.weight.numel() + attention.o_proj.weight.numel())
     key = 2 * (attention.k_proj.weight.numel() + attention.v_proj.weight.numel())
     pair = 4 * attention.q_proj.weight.shape[0]  # scores and weighted sum, over all query heads
-    sliding = sliding_window_of(attention)
-    dense_pairs = _visible_pairs(real_BC, real_BC, real_BC, 1, sliding)
-    permanent_BC = (
-        real_BC
-        if config.kv == "all" or name is None
-        else _permanent(keep_BC, real_BC, config.kv_sink)
-    )
-    pairs = _visible_pairs(keep_BC, permanent_BC, real_BC, max(config.kv_window, 1), sliding)
-    router = (
-        0 if name is None else 2 * sum(p.numel() for p in getattr(layer, ROUTER_CHILD).parameters())
-    )
     per_key = 2 * attention.k_proj.weight.shape[0] * attention.k_proj.weight.element_size()
-    num_real = int(real_BC.sum())
     return Cost(
-        int(keep_BC.sum()) * query + int(write_BC.sum()) * key + pairs * pair + num_real * router,
+        num_kept * query + num_written * key + pairs * pair + num_real * router,
         num_real * (query + key) + dense_pairs * pair,
-        per_key * _held(permanent_BC, real_BC, config.kv_window if name else 0, sliding),
-        per_key * _held(real_BC, real_BC, 0, sliding),
+        per_key * columns.held(columns.permanent_BC, config.kv_window if name else 0, sliding),
+        per_key * columns.held(columns.real_BC, 0, sliding),
     )
 
 
-def _visible_pairs(
-    query_BC: Tensor, permanent_BC: Tensor, real_BC: Tensor, window: int, sliding: int | None
-) -> int:
-    """Pairs of an asking query and a key it sees: a permanent one, or a real one among the latest
-    `window`.
-    """
-    width = real_BC.shape[1]
-    reach = width if sliding is None else min(sliding, width)
-    far_BC = _in_last(permanent_BC, reach)
-    near_BC = _in_last(real_BC & ~permanent_BC, min(window, reach))
-    return int(((far_BC + near_BC) * query_BC).sum())
+@dataclass(frozen=True)
+class _Stretch:
+    """Forwards that each begin where the one before ended, and what was left of earlier ones."""
+
+    past: list[tuple[ForwardRecord, int]]
+    """Earlier forwards, and how many columns of each are left after a crop."""
+    new: list[ForwardRecord]
+
+    def columns(self, parts: Callable[[ForwardRecord], Tensor]) -> Tensor:
+        """One tensor a forward (B, T), side by side: (B, C)."""
+        past = [parts(forward)[:, :left] for forward, left in self.past]
+        return torch.cat([*past, *(parts(forward) for forward in self.new)], dim=1)
 
 
-def _in_last(mask_BC: Tensor, reach: int) -> Tensor:
-    """How many of the last `reach` columns, the own one included, are True: (B, C)."""
-    sums = mask_BC.long().cumsum(1)
-    return sums - torch.nn.functional.pad(sums, (reach, 0))[:, : sums.shape[1]]
+def _stretches(episode: list[ForwardRecord]) -> list[_Stretch]:
+    """The forwards over one cache, cut where it was cropped."""
+    stretches = [_Stretch([], [])]
+    end = 0
+    for forward in episode:
+        if forward.start < end:
+            last = stretches[-1]
+            before = [*last.past, *((f, f.real_BT.shape[1]) for f in last.new)]
+            past = [(f, min(left, forward.start - f.start)) for f, left in before]
+            stretches.append(_Stretch([(f, left) for f, left in past if left > 0], []))
+        stretches[-1].new.append(forward)
+        end = forward.start + forward.real_BT.shape[1]
+    return stretches
 
 
-def _held(permanent_BC: Tensor, real_BC: Tensor, window: int, sliding: int | None) -> int:
-    # The next query sees one key less of a window, since it is itself one of the latest.
-    reach = real_BC.shape[1] if sliding is None else min(sliding - 1, real_BC.shape[1])
-    near = real_BC & ~permanent_BC
-    latest = min(max(window - 1, 0), reach)
-    held = int(permanent_BC[:, real_BC.shape[1] - reach :].sum())
-    return held + (int(near[:, real_BC.shape[1] - latest :].sum()) if latest else 0)
+@dataclass(frozen=True)
+class _Columns:
+    """What one attention kept, over all columns of a stretch."""
+
+    real_BC: Tensor
+    keep_BC: Tensor
+    permanent_BC: Tensor
+    """Keys that stay visible beyond the window."""
+    begin_BC: Tensor
+    """The first column of the packed sequence that a column belongs to."""
+    first_new: int
+
+    @classmethod
+    def of(cls, stretch: _Stretch, name: str | None, config: RoutingConfig) -> _Columns:
+        """`name` is that of the unit; None where it is not routed."""
+        real_BC = stretch.columns(lambda f: f.real_BT)
+        begin_BC = torch.zeros_like(real_BC, dtype=torch.long)
+        packed = stretch.new[0].sequence_BT
+        if packed is not None:  # then there is no cache, so this is the only forward
+            fresh_BC = packed.diff(dim=1, prepend=packed[:, :1]) != 0
+            column_C = torch.arange(real_BC.shape[1], device=real_BC.device)
+            begin_BC = torch.where(fresh_BC, column_C, 0).cummax(1).values
+        keep_BC = permanent_BC = real_BC
+        if name is not None:
+            keep_BC = stretch.columns(lambda f: f.units[name].keep_BT)
+            permanent_BC = real_BC if config.kv == "all" else keep_BC
+            if config.kv == "kept" and config.kv_sink:
+                position_BC = _count(real_BC, begin_BC)  # from 1
+                permanent_BC = keep_BC | (real_BC & (position_BC <= config.kv_sink))
+        first_new = stretch.new[0].start
+        return cls(real_BC, keep_BC, permanent_BC, begin_BC, first_new)
+
+    def pairs(
+        self, query_BC: Tensor, permanent_BC: Tensor, window: int, sliding: int | None
+    ) -> int:
+        """Pairs of a new asking query and a key it sees: a permanent one, or a real one among the
+        latest `window`.
+        """
+        width = self.real_BC.shape[1]
+        column_C = torch.arange(width, device=self.real_BC.device)
+        reach = width if sliding is None else min(sliding, width)
+        near = min(max(window, 1), reach)
+        far_BC = _count(permanent_BC, self.begin_BC.maximum(column_C - reach + 1))
+        near_BC = _count(self.real_BC & ~permanent_BC, self.begin_BC.maximum(column_C - near + 1))
+        return int(((far_BC + near_BC) * query_BC)[:, self.first_new :].sum())
+
+    def held(self, permanent_BC: Tensor, window: int, sliding: int | None) -> int:
+        """Keys that the policy holds after the last column."""
+        # The next query sees one key less of a window, since it is itself one of the latest.
+        width = self.real_BC.shape[1]
+        reach = width if sliding is None else min(sliding - 1, width)
+        near_BC = self.real_BC & ~permanent_BC
+        latest = min(max(window - 1, 0), reach)
+        return int(permanent_BC[:, width - reach :].sum() + near_BC[:, width - latest :].sum())
 
 
-def _permanent(keep_BC: Tensor, real_BC: Tensor, sink: int) -> Tensor:
-    return keep_BC | (real_BC & (real_BC.long().cumsum(1) <= sink)) if sink else keep_BC
+def _count(mask_BC: Tensor, first_BC: Tensor) -> Tensor:
+    """How many columns from `first` to the own one are True: (B, C)."""
+    sums = torch.nn.functional.pad(mask_BC.long().cumsum(1), (1, 0))
+    return sums[:, 1:] - sums.gather(1, first_BC)
 
 
 def _episodes(forwards: list[ForwardRecord]) -> list[list[ForwardRecord]]:

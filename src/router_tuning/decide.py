@@ -77,10 +77,13 @@ def pool_prefix(
     prefix_BT = real_BT & (position_BT < decide_after)
     group_BT = torch.zeros_like(position_BT) if sequence_BT is None else sequence_BT
     shape = (logits_BT.shape[0], int(group_BT.max()) + 1 if sequence_BT is not None else 1)
-    sum_BS = logits_BT.new_zeros(shape).scatter_add(1, group_BT, logits_BT * prefix_BT)
+    prefix_logits_BT = logits_BT.masked_fill(~prefix_BT, 0)
+    sum_BS = logits_BT.new_zeros(shape).scatter_add(1, group_BT, prefix_logits_BT)
     count_BS = logits_BT.new_zeros(shape).scatter_add(1, group_BT, prefix_BT.to(logits_BT.dtype))
     if past is not None:
         sum_BS = sum_BS + past.sum_B[:, None]
         count_BS = count_BS + past.count_B[:, None].to(count_BS.dtype)
     mean_BS = sum_BS / count_BS.clamp(min=1)
-    return Decision(mean_BS.gather(1, group_BT), prefix_BT)
+    # A sequence that the dense model began has no logits to go by, and runs on as it began.
+    unseen_BT = (count_BS == 0).gather(1, group_BT)
+    return Decision(mean_BS.gather(1, group_BT), prefix_BT | unseen_BT)

@@ -28,7 +28,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,29 +163,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = _load(name, "tokenizer", AutoTokenizer.from_pretrained)
     tokenizer.name_or_path = name
     return tokenizer
-
-
-@cache
-def alias_aware_auto_class() -> type[Any]:
-    """AutoModelForCausalLM that takes our aliases too.
-
-    PEFT's AutoPeftModelForCausalLM loads the base model that an adapter names with its
-    `_target_class`: set to this class, an adapter over an alias loads as any other. Names that are
-    no alias go straight on.
-    """
-    from transformers import AutoModelForCausalLM
-
-    class AliasAwareAutoModelForCausalLM(AutoModelForCausalLM):
-        @classmethod
-        def from_pretrained(
-            cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
-        ) -> Any:
-            name = os.fspath(pretrained_model_name_or_path)
-            if name not in ALIASES:
-                return super().from_pretrained(name, *args, **kwargs)
-            return _with_name(super().from_pretrained(resolve(name), *args, **kwargs), name)
-
-    return AliasAwareAutoModelForCausalLM
 
 
 def models_folder() -> Path:

@@ -42,6 +42,8 @@ class ForwardRecord:
     kept_keys_only: bool
     """Whether skipped tokens are invisible as keys (kv="kept")."""
     units: dict[str, UnitRecord] = field(default_factory=dict)
+    sequence_BT: Tensor | None = None
+    """Index of the packed sequence of each token; None where a row is one sequence."""
 
 
 @dataclass

@@ -264,7 +264,7 @@ def _earlier(record: Path) -> dict[str, Any] | None:
     """The record of an earlier tuning; None where there is none."""
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(

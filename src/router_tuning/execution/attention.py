@@ -94,8 +94,8 @@ def _logits(
     )
     if layer is not None:
         layer.prefix = prefix or PrefixLogits(context.rows, after, x_BTD.device)
-        assert decision.always_BT is not None
-        layer.prefix.add(logits_BT, context.position_BT, decision.always_BT, context.column_T)
+        prefix_BT = context.real_BT & (context.position_BT < after)
+        layer.prefix.add(logits_BT, context.position_BT, prefix_BT, context.column_T)
     return decision
 
 

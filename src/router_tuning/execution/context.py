@@ -264,7 +264,7 @@ def open_forward(
         sequence_BT=sequence_BT,
         threshold_B1=_threshold_column(thresholds, batch, inputs.device),
         decider=options.decider,
-        record=ForwardRecord(start, real_BT, routing.config.kv == "kept"),
+        record=ForwardRecord(start, real_BT, routing.config.kv == "kept", sequence_BT=sequence_BT),
     )
 
 
