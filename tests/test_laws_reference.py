@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -176,7 +177,7 @@ def examples(draw: st.DrawFn) -> Example:
     }
     cuts = sorted(draw(st.sets(st.integers(1, max(length - 1, 1)), max_size=length)) - {length})
     edges = [0, *(c for c in cuts if c < length), length]
-    chunks = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    chunks = [b - a for a, b in pairwise(edges)]
     ids = token_ids(rows, length, seed=draw(st.integers(0, 9)))
     return Example(case, Batch(ids, mask), decisions, chunks)
 

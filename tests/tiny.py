@@ -7,6 +7,7 @@ not the identity, so that skipping a unit moves the logits by far more than roun
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,11 @@ from transformers import (
 
 VOCAB_SIZE = 97
 PAD, BOS, EOS = 0, 1, 2
+CACHE_KEY = (  # what a forward calls its cache; transformers 5.24 renamed it
+    "cache"
+    if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
+    else "past_key_values"
+)
 SLIDING_WINDOW = 8  # of the Gemma's sliding layers: short enough that a test prompt outgrows it
 
 _SHAPE: dict[str, Any] = {
