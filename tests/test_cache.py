@@ -99,13 +99,13 @@ STEPS = st.lists(
         st.tuples(st.just("write"), st.integers(1, 9), st.sampled_from([0.0, 0.3, 0.8, 1.0])),
         st.tuples(st.just("crop"), st.integers(1, 7), st.just(0.0)),
         st.tuples(st.just("select"), st.integers(0, 99), st.just(0.0)),
-        st.tuples(st.just("decode"), st.integers(1, 70), st.sampled_from([0.1, 0.9])),
+        st.tuples(st.just("decode"), st.integers(1, 40), st.sampled_from([0.1, 0.9])),
     ),
     max_size=12,
 )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     STEPS,
     st.integers(1, 3),
@@ -145,11 +145,12 @@ def test_kept_keys_equal_a_dictionary(
 
 def test_a_crop_of_the_last_chunk_always_works() -> None:
     """What assisted decoding asks for, also on sliding layers and with a window."""
-    for window, sliding in ((0, None), (4, None), (0, 5), (4, 5)):
+    generator = torch.Generator().manual_seed(0)
+    for window, sliding in ((0, None), (4, None), (0, 5), (4, 5)) * 3:
         store = new_store(1, window, sliding)
         obvious = Obvious(window, sliding, [0], [{}])
-        for _ in range(60):
-            write(store, obvious, torch.rand(1, 8) < 0.5)
+        for _ in range(30):
+            write(store, obvious, torch.rand((1, 8), generator=generator) < 0.5)
             store.crop(obvious.seen - 7)
             obvious.seen -= 7
             obvious.rows = [{c: p for c, p in obvious.rows[0].items() if c < obvious.seen}]
@@ -174,10 +175,11 @@ def test_a_ring_remembers_only_so_far_back() -> None:
 def test_sliding_keys_are_given_up_when_room_is_needed() -> None:
     store = new_store(2, sliding=5)
     obvious = Obvious(0, 5, [0, 1], [{}, {}])
-    for _ in range(1000):
+    for _ in range(300):
         write(store, obvious, torch.ones(2, 1, dtype=torch.bool))
     assert_equal(store, obvious)
     assert store.keys.shape[2] <= 2 * GROWTH + 5
+    assert store.forgotten > 100
 
 
 def test_decoding_seldom_copies() -> None:

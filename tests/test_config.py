@@ -1,88 +1,132 @@
-"""What a config refuses, and which threshold a budget gives."""
+"""The config's checks, and thresholds for budgets: calibrated, between, outside."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+import router_tuning
 from router_tuning.config import FORMAT_VERSION, RoutingConfig, check_budget, threshold_for
 from router_tuning.errors import BudgetError, ConfigError
 
-CALIBRATION = [{"budget": b, "threshold": t} for b, t in ((0.5, 2.0), (0.7, 1.0), (0.9, -1.0))]
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"granularity": "attn_sequence", "decide_after": 1},
+        {"granularity": ["attn_token"]},
+        {"layers": [0]},
+        {"kv": "all"},
+        {"kv_sink": 4, "kv_window": 16},
+        {"router": "bottleneck", "router_hidden": 1},
+        {"router": "bias", "init_bias": 1e-3},
+        {"budget": 1.0, "default_budget": 0.01},
+    ],
+)
+def test_good_configs_pass(options: dict[str, Any]) -> None:
+    RoutingConfig(**options).check()
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("options", "match"),
     [
-        ({"granularity": "attn"}, "granularity"),
-        ({"granularity": "mlp_token"}, "not available in this version"),
-        ({"granularity": []}, "granularity"),
-        ({"granularity": ["attn_token", "attn_sequence"]}, "several"),
-        ({"kv": "some"}, "kv must be one of all, kept"),
-        ({"kv_sink": -1}, "kv_sink"),
-        ({"kv_window": 1.5}, "kv_window"),
-        ({"kv_window": True}, "kv_window"),
-        ({"kv": "all", "kv_window": 4}, "kv_window"),
-        ({"pooling": "prompt"}, "pooling"),
-        ({"decide_after": 0}, "decide_after"),
-        ({"router": "deep"}, "router"),
+        ({"granularity": "attention"}, "granularity must be one of attn_token"),
+        ({"granularity": "mlp_token"}, "'mlp_token' is not available in this version"),
+        ({"granularity": []}, "at least one"),
+        ({"granularity": ["attn_token", "attn_sequence"]}, "several granularities"),
+        ({"kv": "some"}, "kv must be one of all, kept, got 'some'"),
+        ({"pooling": "prompt"}, "pooling must be one of prefix"),
+        ({"router": "mlp"}, "router must be one of linear, bottleneck, bias"),
+        ({"kv_sink": -1}, "kv_sink must be a whole number of at least 0, got -1"),
+        ({"kv_window": 1.5}, "kv_window must be a whole number"),
+        ({"kv_window": True}, "kv_window must be a whole number"),
+        ({"decide_after": 0}, "decide_after must be a whole number of at least 1"),
         ({"router_hidden": 0}, "router_hidden"),
-        ({"init_bias": 0.0}, "init_bias"),
-        ({"init_bias": math.inf}, "init_bias"),
-        ({"layers": []}, "layers"),
+        ({"init_bias": 0.0}, "init_bias must be positive"),
+        ({"init_bias": math.inf}, "init_bias must be positive and finite"),
+        ({"init_bias": math.nan}, "init_bias must be positive"),
+        ({"layers": []}, "layers is empty"),
+        ({"kv": "all", "kv_sink": 4}, 'kv_sink and kv_window go with kv="kept"'),
+        ({"kv": "all", "kv_window": 4}, 'kv_sink and kv_window go with kv="kept"'),
         ({"format_version": FORMAT_VERSION + 1}, "upgrade router-tuning"),
     ],
 )
-def test_a_wrong_field_is_named(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
-        RoutingConfig(**changes).check()
+def test_bad_configs_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        RoutingConfig(**options).check()
 
 
-def test_the_defaults_pass() -> None:
-    RoutingConfig().check()
-    RoutingConfig(granularity="attn_sequence", kv_sink=4, kv_window=16).check()
-
-
-@pytest.mark.parametrize("budget", [0, -0.1, 1.2, math.nan, math.inf, "0.5", None, True])
-def test_a_budget_out_of_range_is_refused(budget: Any) -> None:
-    with pytest.raises(BudgetError, match="above 0 and at most 1"):
+@pytest.mark.parametrize("field", ["budget", "default_budget"])
+@pytest.mark.parametrize("budget", [0, 0.0, -0.5, 1.2, math.nan, math.inf, "0.8", True])
+def test_bad_budgets_are_named(field: str, budget: Any) -> None:
+    with pytest.raises(BudgetError, match="above 0 and at most 1; got"):
+        RoutingConfig(**{field: budget}).check()
+    with pytest.raises(BudgetError):
         check_budget(budget)
-    if budget is not None:
-        with pytest.raises(BudgetError, match="above 0 and at most 1"):
-            threshold_for(RoutingConfig(calibration=CALIBRATION), budget)
-        with pytest.raises(BudgetError):
-            RoutingConfig(budget=budget).check()
 
 
-@pytest.mark.parametrize(
-    ("budget", "threshold"),
-    [(0.5, 2.0), (0.7, 1.0), (0.9, -1.0), (0.6, 1.5), (0.8, 0.0), (0.85, -0.5), (1.0, -math.inf)],
-)
-def test_a_budget_gives_its_threshold_or_one_between(budget: float, threshold: float) -> None:
-    assert threshold_for(RoutingConfig(calibration=CALIBRATION), budget) == pytest.approx(threshold)
+def test_a_good_budget_comes_back_as_a_float() -> None:
+    assert check_budget(1) == 1.0
+    assert isinstance(check_budget(1), float)
 
 
-def test_no_budget_takes_the_default_and_without_one_zero() -> None:
-    assert threshold_for(RoutingConfig(calibration=CALIBRATION), None) == 0.0
-    config = RoutingConfig(calibration=CALIBRATION, default_budget=0.7)
-    assert threshold_for(config, None) == 1.0
+def calibrated(*points: tuple[float, float], default: float | None = None) -> RoutingConfig:
+    entries: list[dict[str, Any]] = [{"budget": b, "threshold": t} for b, t in points]
+    return RoutingConfig(calibration=entries, default_budget=default)
 
 
-@pytest.mark.parametrize("budget", [0.4, 0.95])
+def test_thresholds_are_interpolated_between_budgets() -> None:
+    config = calibrated((0.9, -1.0), (0.5, 1.0), (0.7, 0.5))  # in any order
+    assert threshold_for(config, 0.5) == 1.0
+    assert threshold_for(config, 0.7) == 0.5
+    assert threshold_for(config, 0.9) == -1.0
+    assert threshold_for(config, 0.6) == pytest.approx(0.75)
+    assert threshold_for(config, 0.85) == pytest.approx(-0.625)
+
+
+def test_one_calibrated_budget_serves_itself() -> None:
+    assert threshold_for(calibrated((0.8, 0.25)), 0.8) == 0.25
+    with pytest.raises(BudgetError, match=r"outside the calibrated range 0\.8 to 0\.8"):
+        threshold_for(calibrated((0.8, 0.25)), 0.75)
+
+
+def test_budget_one_needs_no_calibration() -> None:
+    assert threshold_for(RoutingConfig(), 1.0) == -math.inf
+    assert threshold_for(calibrated((0.5, 1.0)), 1) == -math.inf
+
+
+def test_no_budget_is_the_default_budget_and_then_the_routers_own_threshold() -> None:
+    assert threshold_for(RoutingConfig(), None) == 0.0
+    assert threshold_for(calibrated((0.5, 1.0)), None) == 0.0
+    assert threshold_for(calibrated((0.5, 1.0), (0.7, 0.0), default=0.6), None) == 0.5
+    assert threshold_for(calibrated(default=1.0), None) == -math.inf
+
+
+@pytest.mark.parametrize("budget", [0.49, 0.91, 0.999])
 def test_outside_the_calibrated_range_is_refused(budget: float) -> None:
-    with pytest.raises(BudgetError, match=r"outside the calibrated range 0.5 to 0.9"):
-        threshold_for(RoutingConfig(calibration=CALIBRATION), budget)
+    with pytest.raises(BudgetError, match=r"outside the calibrated range 0\.5 to 0\.9"):
+        threshold_for(calibrated((0.5, 1.0), (0.9, -1.0)), budget)
 
 
-def test_one_calibrated_budget_stands_for_itself_only() -> None:
-    config = RoutingConfig(calibration=CALIBRATION[1:2])
-    assert threshold_for(config, 0.7) == 1.0
-    with pytest.raises(BudgetError, match="outside"):
-        threshold_for(config, 0.71)
-
-
-def test_an_uncalibrated_budget_is_refused() -> None:
-    with pytest.raises(BudgetError, match="no budget is calibrated"):
+def test_a_budget_without_calibration_is_refused_with_what_to_do() -> None:
+    with pytest.raises(BudgetError, match="router-tuning calibrate"):
         threshold_for(RoutingConfig(), 0.8)
+
+
+def test_the_config_can_be_read_without_torch() -> None:
+    """`import router_tuning` loads torch, so its folder stands for the package here."""
+    folder = next(iter(router_tuning.__path__))
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('router_tuning')\n"
+        f"package.__path__ = [{folder!r}]\n"
+        "sys.modules['router_tuning'] = package\n"
+        "import router_tuning.config\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,14 +11,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from numbers import Real
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from router_tuning.config import RoutingConfig, check_budget, threshold_for
 from router_tuning.errors import ConfigError, UnsupportedCallError
 from router_tuning.execution.attention import carry_context, gate_post_norm, routed_attention
+from router_tuning.execution.cache import check_cache
 from router_tuning.execution.context import (
     CONTEXT_KEY,
     ROUTER_CHILD,
@@ -29,8 +31,10 @@ from router_tuning.execution.context import (
     original_forward,
     routing_of,
 )
+from router_tuning.execution.projections import check_parts
 from router_tuning.routers import make_router
 from router_tuning.units import (
+    Unit,
     attention_of,
     decoder_layers,
     decoder_of,
@@ -48,14 +52,14 @@ def attach(model: nn.Module, config: RoutingConfig) -> None:
 
     Raises:
         ConfigError: the config is out of range, or the model is routed already.
-        UnsupportedModelError: no unit table for this family.
+        UnsupportedModelError: no unit table for this family, or an attention of unknown parts.
     """
     config.check()
     decoder = decoder_of(model)
     if "routing" in decoder.__dict__:
         raise ConfigError("this model is routed already; detach(model) first")
     layers = decoder_layers(decoder)
-    for unit in find_units(model, config):
+    for unit in _checked_units(model, config):
         layer = layers[unit.layer_idx]
         device = next(layer.parameters()).device
         layer.add_module(ROUTER_CHILD, make_router(config, hidden_size_of(model), device))
@@ -74,7 +78,7 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
     """Route a model whose layers have their routers (child ROUTER_CHILD) already."""
     decoder = decoder_of(model)
     layers = decoder_layers(decoder)
-    units = tuple(find_units(model, config))
+    units = _checked_units(model, config)
     decoder.__dict__["routing"] = Routing(config, units, len(layers) * len(config.granularities))
     routed = {unit.layer_idx: unit for unit in units}
     for index, layer in enumerate(layers):
@@ -92,6 +96,14 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
     if causal is not decoder:
         causal_class: Any = type(causal)
         _replace_forward(causal, _accept_budget(causal_class))
+
+
+def _checked_units(model: nn.Module, config: RoutingConfig) -> tuple[Unit, ...]:
+    decoder = decoder_of(model)
+    units = tuple(find_units(model, config))
+    for unit in units:
+        check_parts(attention_of(decoder, decoder_layers(decoder)[unit.layer_idx]))
+    return units
 
 
 def uninstall(model: nn.Module) -> None:
@@ -150,6 +162,11 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
     inputs = given.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
         return dense_forward(*args, **kwargs)  # raises transformers' own error
+    if given.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+        raise UnsupportedCallError(
+            "attention weights are not made where tokens are skipped; ask for output_attentions "
+            "with the routers off, inside `with dense(model):`"
+        )
     cache = _cache_in(given)
     position_ids = given.get("position_ids")
     path = options.path or default_path(decoder, routing)
@@ -157,6 +174,7 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
         kwargs = _without_cache(given, kwargs)
         cache = None
     elif _fills_a_cache(decoder, given):
+        check_cache(cache)
         position_ids = None  # transformers tells packed texts apart only where no cache is filled
     context = open_forward(
         decoder,
@@ -206,8 +224,8 @@ def _without_cache(given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, A
 
 
 def _thresholds(config: RoutingConfig, budget: Any) -> list[float]:
-    if budget is None or isinstance(budget, (int, float)):
-        return [threshold_for(config, budget)]
+    if budget is None or isinstance(budget, (Real, str)):
+        return [threshold_for(config, cast("float | None", budget))]
     values = budget.tolist() if isinstance(budget, Tensor) else list(budget)
     return [threshold_for(config, b) for b in (values if isinstance(values, list) else [values])]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from router_tuning.data import Windows
+from router_tuning.errors import ConfigError
 from router_tuning.execution.context import ForwardContext, decided_by, dense, routing_of
 from router_tuning.execution.partial import entering_states, run_from
 from router_tuning.units import (
@@ -134,7 +135,14 @@ def greedy_order(
     least.
 
     Layers below a candidate are not run again: their states are kept from the round before.
+
+    Raises:
+        ConfigError: `num` is more than there are routed units.
     """
+    if num > len(routing_of(model).units):
+        raise ConfigError(
+            f"asked to drop {num} units, but only {len(routing_of(model).units)} are routed"
+        )
     dropped: list[str] = []
     ids = windows.ids.to(_device(model))
     units = routing_of(model).units

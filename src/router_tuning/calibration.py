@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from router_tuning.config import check_budget
 from router_tuning.data import Example, Windows, make_windows
-from router_tuning.errors import BudgetError
+from router_tuning.errors import BudgetError, DataError
 from router_tuning.execution.context import record, routing_of
 from router_tuning.record import Trace
 from router_tuning.units import decoder_of
@@ -63,6 +63,7 @@ def calibrate_windows(
 
     Raises:
         BudgetError: a budget out of (0, 1), none given, or below what always runs.
+        DataError: there are no windows.
     """
     wanted = sorted({check_budget(b) for b in budgets}, reverse=True)
     if not wanted or wanted[0] == 1.0:
@@ -70,6 +71,8 @@ def calibrate_windows(
             "budgets to calibrate must lie between 0 and 1 (1 keeps all anyway), got "
             f"{list(budgets)}"
         )
+    if not len(windows):
+        raise DataError("there are no windows to calibrate on; wanted at least one")
     config = routing_of(model).config
     before = config.calibration, config.default_budget
     entries: list[dict[str, Any]] = []
@@ -121,7 +124,7 @@ def _threshold_keeping(trace: Trace, budget: float) -> float:
     num_real = sum(int(f.real_BT.sum()) for f in trace.forwards)
     unrouted = (trace.num_units - len(trace.unit_names)) * num_real
     keep = round(budget * trace.num_units * num_real) - unrouted - always
-    if keep < 0:
+    if keep < 0 or not logits.numel():
         floor = (unrouted + always) / (trace.num_units * num_real)
         raise BudgetError(
             f"budget {budget:g} cannot be met: {floor:.3f} of the executions run in any case "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from router_tuning.errors import BudgetError, ConfigError
@@ -153,7 +154,7 @@ def _check_numbers(config: RoutingConfig) -> None:
 
 def check_budget(budget: float) -> float:
     """Return the budget as a float; BudgetError unless it is a number in (0, 1]."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0.0 < budget <= 1.0:
+    if isinstance(budget, bool) or not isinstance(budget, Real) or not 0.0 < budget <= 1.0:
         raise BudgetError(
             "a budget is the fraction of unit executions to keep, above 0 and at most 1; got "
             f"{budget!r}"

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from router_tuning.errors import UnsupportedCallError
+
 
 @dataclass
 class UnitRecord:
@@ -91,14 +93,28 @@ class Trace:
 
     def kept_per_unit(self) -> dict[str, float]:
         """Fraction of real tokens for which each routed unit ran."""
+        self._check()
         real = sum(int(f.real_BT.sum()) for f in self.forwards)
         return {
             name: sum(int(f.units[name].keep_BT.sum()) for f in self.forwards) / max(real, 1)
             for name in self.unit_names
         }
 
+    def _check(self) -> None:
+        if not self.forwards:
+            raise UnsupportedCallError(
+                "nothing was recorded: no forward ran inside the block, or the routers were off"
+            )
+
     def _columns(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Put one tensor a forward (B, T) side by side, each at its columns."""
+        self._check()
+        rows = self.forwards[0].real_BT.shape[0]
+        if any(f.start == 0 or f.real_BT.shape[0] != rows for f in self.forwards[1:]):
+            raise UnsupportedCallError(
+                "the trace holds forwards over several batches, which have no columns in common; "
+                "record each batch in a block of its own"
+            )
         end = max(f.start + f.real_BT.shape[1] for f in self.forwards)
         first = parts[0]
         assert first is not None, "nothing of the kind was recorded"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from router_tuning.cli.console import bar, warn
 from router_tuning.cli.material import Recipe, held_back
@@ -87,8 +88,7 @@ def pick_device(device: str) -> torch.device:
 
 def quiet_libraries() -> None:
     """No bars and no hints of transformers between ours."""
-    from transformers.utils import logging
-
+    logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

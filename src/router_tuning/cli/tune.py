@@ -23,12 +23,14 @@ from router_tuning.cli.options import (
     check_writable_folder,
 )
 from router_tuning.cli.records import command_line, run_record, write_json
-from router_tuning.errors import ConfigError
+from router_tuning.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from router_tuning.cli.tuning import Settings
 
 INTERRUPTED = 130
+TEXT, ROUTERS, TRAINING = "Text", "Routers", "Training"
+"""Panels of the help."""
 BUDGETS = "0.95,0.9,0.85,0.8,0.75,0.7,0.65,0.6,0.55,0.5"
 
 
@@ -45,87 +47,178 @@ def tune(
         str | None,
         typer.Option(
             "--data",
+            rich_help_panel=TEXT,
             metavar="D",
             help="A .jsonl or .txt file or a hub id. Without it: shipped prompts, answered by "
             "the model.",
         ),
     ] = None,
     granularity: Annotated[
-        str, typer.Option("--granularity", metavar="G", help="attn_token or attn_sequence.")
+        str,
+        typer.Option(
+            "--granularity",
+            rich_help_panel=ROUTERS,
+            metavar="G",
+            help="attn_token or attn_sequence.",
+        ),
     ] = "attn_token",
     kv: Annotated[
         str,
         typer.Option(
-            "--kv", metavar="K", help="Keys and values of skipped tokens: kept (none) or all."
+            "--kv",
+            rich_help_panel=ROUTERS,
+            metavar="K",
+            help="Keys and values of skipped tokens: kept (none) or all.",
         ),
     ] = "kept",
     budget: Annotated[
-        float, typer.Option("--budget", metavar="B", help="Kept fraction to train for, in (0, 1].")
+        float,
+        typer.Option(
+            "--budget",
+            rich_help_panel=ROUTERS,
+            metavar="B",
+            help="Kept fraction to train for, in (0, 1].",
+        ),
     ] = 0.75,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 120,
+    steps: Annotated[
+        int, typer.Option("--steps", rich_help_panel=TRAINING, min=1, help="Optimizer steps.")
+    ] = 120,
     objective: Annotated[
         str,
         typer.Option(
-            "--objective", metavar="O", help="distill (stay close to the dense model) or lm."
+            "--objective",
+            rich_help_panel=TRAINING,
+            metavar="O",
+            help="distill (stay close to the dense model) or lm.",
         ),
     ] = "distill",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted tuning in DIR.")
+        bool,
+        typer.Option(
+            "--resume", rich_help_panel=TRAINING, help="Continue an interrupted tuning in DIR."
+        ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew in a DIR that is not empty.")
+        bool,
+        typer.Option(
+            "--overwrite", rich_help_panel=TRAINING, help="Start anew in a DIR that is not empty."
+        ),
     ] = False,
     kv_sink: Annotated[
         int,
-        typer.Option("--kv-sink", min=0, help="With --kv kept: first tokens that stay visible."),
+        typer.Option(
+            "--kv-sink",
+            rich_help_panel=ROUTERS,
+            min=0,
+            help="With --kv kept: first tokens that stay visible.",
+        ),
     ] = 0,
     kv_window: Annotated[
         int,
-        typer.Option("--kv-window", min=0, help="With --kv kept: latest tokens that stay visible."),
+        typer.Option(
+            "--kv-window",
+            rich_help_panel=ROUTERS,
+            min=0,
+            help="With --kv kept: latest tokens that stay visible.",
+        ),
     ] = 0,
     layers: Annotated[
-        str | None, typer.Option("--layers", help="Routed layers, such as 4-20,25. Default: all.")
+        str | None,
+        typer.Option(
+            "--layers",
+            rich_help_panel=ROUTERS,
+            help="Routed layers, such as 4-20,25. Default: all.",
+        ),
     ] = None,
     decide_after: Annotated[
-        int, typer.Option("--decide-after", min=1, help="attn_sequence: tokens that decide.")
+        int,
+        typer.Option(
+            "--decide-after",
+            rich_help_panel=ROUTERS,
+            min=1,
+            help="attn_sequence: tokens that decide.",
+        ),
     ] = 32,
     router: Annotated[
-        str, typer.Option("--router", help="linear, bottleneck or bias (static).")
+        str,
+        typer.Option(
+            "--router", rich_help_panel=ROUTERS, help="linear, bottleneck or bias (static)."
+        ),
     ] = "linear",
     router_hidden: Annotated[
-        int, typer.Option("--router-hidden", min=1, help="Width of a bottleneck router.")
+        int,
+        typer.Option(
+            "--router-hidden", rich_help_panel=ROUTERS, min=1, help="Width of a bottleneck router."
+        ),
     ] = 32,
     batch_size: BatchSize = 8,
     accumulate: Annotated[
-        int, typer.Option("--accumulate", min=1, help="Batches of one optimizer step.")
+        int,
+        typer.Option(
+            "--accumulate", rich_help_panel=TRAINING, min=1, help="Batches of one optimizer step."
+        ),
     ] = 1,
     length: Length = 256,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Of the routers' weights.")
+        float | None,
+        typer.Option("--learning-rate", rich_help_panel=TRAINING, help="Of the routers' weights."),
     ] = None,
     bias_learning_rate: Annotated[
-        float | None, typer.Option("--bias-learning-rate", help="Of the routers' biases.")
+        float | None,
+        typer.Option(
+            "--bias-learning-rate", rich_help_panel=TRAINING, help="Of the routers' biases."
+        ),
     ] = None,
     budget_weight: Annotated[
-        float | None, typer.Option("--budget-weight", help="Of (kept - target)^2 in the loss.")
+        float | None,
+        typer.Option(
+            "--budget-weight", rich_help_panel=TRAINING, help="Of (kept - target)^2 in the loss."
+        ),
     ] = None,
     answers_only: Annotated[
-        bool, typer.Option("--answers-only", help="With --objective lm: loss on answers only.")
+        bool,
+        typer.Option(
+            "--answers-only",
+            rich_help_panel=TRAINING,
+            help="With --objective lm: loss on answers only.",
+        ),
     ] = False,
     prompts: Annotated[
-        int, typer.Option("--prompts", min=2, max=300, help="Without --data: prompts to answer.")
+        int,
+        typer.Option(
+            "--prompts",
+            rich_help_panel=TEXT,
+            min=2,
+            max=300,
+            help="Without --data: prompts to answer.",
+        ),
     ] = 300,
     answer_tokens: Annotated[
-        int, typer.Option("--answer-tokens", min=1, help="Without --data: length of an answer.")
+        int,
+        typer.Option(
+            "--answer-tokens",
+            rich_help_panel=TEXT,
+            min=1,
+            help="Without --data: length of an answer.",
+        ),
     ] = 128,
     held_out: Annotated[
-        int, typer.Option("--held-out", min=1, help="Windows held back for calibration, at most.")
+        int,
+        typer.Option(
+            "--held-out",
+            rich_help_panel=TEXT,
+            min=1,
+            help="Windows held back for calibration, at most.",
+        ),
     ] = 16,
     budgets: Annotated[
         str, typer.Option("--budgets", help="Budgets to calibrate at the end.")
     ] = BUDGETS,
     save_every: Annotated[
-        int, typer.Option("--save-every", min=1, help="Steps between checkpoints.")
+        int,
+        typer.Option(
+            "--save-every", rich_help_panel=TRAINING, min=1, help="Steps between checkpoints."
+        ),
     ] = 20,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -151,6 +244,8 @@ def tune(
     except KeyboardInterrupt:
         fail(_after_stop(ctx, out), label="stopped")
         raise typer.Exit(INTERRUPTED) from None
+    except TrainingError as error:
+        raise TrainingError(_for_the_command_line(str(error))) from error
     if json_file is not None:
         write_json(json_file, result)
     _show_result(result, out)
@@ -187,10 +282,7 @@ def _run(
         **json.loads((out / RECORD).read_text(encoding="utf-8")),
         "finished": True,
         "router_parameters": num_router_parameters(model),
-        "train_tokens": settings.steps
-        * settings.batch_size
-        * settings.accumulate
-        * settings.length,
+        "train_tokens": recipe.windows * material.train.ids.shape[1],
         "train_windows": len(material.train),
         "held_out_windows": len(material.held_out),
         "not_calibrated": skipped,
@@ -285,6 +377,12 @@ def _after_stop(ctx: typer.Context, out: Path) -> str:
         saved = f"step {checkpoint.name.rpartition('-')[2]} is saved"
     arguments = command_line(ctx, "--resume").replace(" --overwrite", "")
     return f"{saved}; continue with --resume:\n  {arguments}"
+
+
+def _for_the_command_line(message: str) -> str:
+    """The trainer speaks of its argument, and people here have an option."""
+    argument = "resume_from_checkpoint=True"
+    return message.replace(f"train({argument})", "--resume").replace(argument, "--resume")
 
 
 def _show_result(result: dict[str, Any], out: Path) -> None:

@@ -88,14 +88,16 @@ def _logits(
         return Decision(logits_BT)
     after = context.config.decide_after
     prefix = None if layer is None else layer.prefix
+    if layer is not None:
+        prefix = prefix or PrefixLogits(context.rows, after, x_BTD.device)
+        layer.prefix = prefix
     past = None if prefix is None else prefix.sums()
     decision = pool_prefix(
         logits_BT, context.position_BT, context.real_BT, after, past, context.sequence_BT
     )
-    if layer is not None:
-        layer.prefix = prefix or PrefixLogits(context.rows, after, x_BTD.device)
+    if prefix is not None:
         prefix_BT = context.real_BT & (context.position_BT < after)
-        layer.prefix.add(logits_BT, context.position_BT, prefix_BT, context.column_T)
+        prefix.add(logits_BT, context.position_BT, prefix_BT, context.column_T)
     return decision
 
 

@@ -158,7 +158,7 @@ class KeptKeys:
 
     def _make_room(self, counts: list[int]) -> None:
         missing = self._missing(counts)
-        if missing > 0 and self.sliding is not None:
+        if missing > 0 and self.sliding is not None and self.seen >= self.sliding:
             self._drop_expired(self.seen - self.sliding + 1)
             missing = self._missing(counts)
         if missing > 0:
@@ -384,6 +384,18 @@ def touch(cache: object, layer_idx: int) -> RoutedCacheLayer:
     routed = RoutedCacheLayer(layer)
     cache.layers[layer_idx] = routed  # type: ignore[attr-defined]
     return routed
+
+
+def check_cache(cache: object) -> None:
+    """Refuse a cache that routing cannot serve, before anything is read from it.
+
+    Raises:
+        UnsupportedCallError: paged, static, offloaded, quantised, or no cache of transformers.
+    """
+    if cache is None:
+        return
+    for layer_idx in range(len(getattr(cache, "layers", [])) or 1):
+        check_layer(cache, layer_idx)
 
 
 def check_layer(cache: object, layer_idx: int) -> Any:

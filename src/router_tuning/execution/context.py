@@ -15,13 +15,13 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from router_tuning.config import RoutingConfig
-from router_tuning.errors import UnsupportedCallError
+from router_tuning.errors import ConfigError, UnsupportedCallError
 from router_tuning.record import ForwardRecord, Trace, UnitRecord
 from router_tuning.units import Unit, decoder_layers, decoder_of, kind_of, post_norm_of
 
@@ -219,6 +219,8 @@ def execute(model: nn.Module, path: Path) -> Iterator[None]:
     """Force the path: "masked" computes every unit and hides what is skipped, "skipping" does not
     compute it.
     """
+    if path not in get_args(Path):
+        raise ConfigError(f"path must be one of {', '.join(get_args(Path))}, got {path!r}")
     with _with_options(model, path=path):
         yield
 

@@ -1,0 +1,195 @@
+"""Where attention is found, in models of every kind; what is refused; and what routers compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SiglipVisionConfig,
+)
+
+from laws import bare_model
+from router_tuning import RoutingConfig, attach, routing_of
+from router_tuning.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
+from router_tuning.execution.projections import check_parts
+from router_tuning.execution.visibility import sliding_window_of
+from router_tuning.routers import make_router
+from router_tuning.units import (
+    Unit,
+    attention_of,
+    decoder_layers,
+    decoder_of,
+    find_units,
+    hidden_size_of,
+    is_sequence,
+    kind_of,
+    post_norm_of,
+)
+from tiny import FAMILIES, tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_attentions(family: str) -> None:
+    model = tiny_model(family)
+    decoder = decoder_of(model)
+    assert decoder is model.model
+    assert decoder_of(decoder) is decoder
+    assert hidden_size_of(model) == 32
+    units = find_units(model, RoutingConfig())
+    assert units == [Unit(f"layers.{i}.attn", "attn", i) for i in range(4)]
+    for layer in decoder_layers(decoder):
+        attention = attention_of(decoder, layer)
+        assert attention is layer.self_attn
+        check_parts(attention)
+        post_norm = post_norm_of(decoder, layer)
+        assert post_norm is (layer.post_attention_layernorm if family == "gemma3" else None)
+
+
+def test_sliding_windows_are_found() -> None:
+    def windows(family: str, **options: Any) -> list[int | None]:
+        layers = decoder_layers(decoder_of(tiny_model(family, **options)))
+        return [sliding_window_of(layer.self_attn) for layer in layers]
+
+    assert windows("llama") == [None] * 4
+    assert windows("mistral", sliding_window=7) == [7] * 4
+    assert windows("mistral") == [None] * 4
+    assert windows("gemma3", sliding_window=7) == [7, None, 7, None]
+    kinds = ["full_attention", "sliding_attention"] * 2
+    for family in ("qwen2", "qwen3"):
+        assert windows(family) == [None] * 4
+        sliding = windows(family, use_sliding_window=True, sliding_window=7, layer_types=kinds)
+        assert sliding == [None, 7, None, 7]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_families_that_slide_in_some_layers_keep_the_laws(family: str) -> None:
+    from laws import Case, batch, difference, randomize, run
+
+    kinds = ["full_attention", "sliding_attention"] * 2
+    model = bare_model(family, use_sliding_window=True, sliding_window=6, layer_types=kinds)
+    attach(model, Case(sink=5, window=3).config)
+    randomize(model)
+    given = batch()
+    whole = run(model, given)
+    for other in (run(model, given, path="masked"), run(model, given, [7, 1, 6, 6])):
+        assert difference(whole.logits, other.logits, given.real) < 3e-5
+
+
+def test_the_text_model_inside_a_multimodal_one_is_found() -> None:
+    text = bare_model("gemma3").config.to_dict()
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    ).to_dict()
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    decoder = decoder_of(model)
+    assert decoder is model.model.language_model
+    attach(model, RoutingConfig())
+    assert len(routing_of(model).units) == 4
+    # It masks images in a way of its own: refused, not computed wrongly.
+    with torch.no_grad(), pytest.raises(UnsupportedCallError, match="dict mask"):
+        model(input_ids=torch.arange(3, 15)[None])
+
+
+def test_an_unknown_family_is_named_with_the_known_ones() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11))
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2'\. Known: gemma3_text, llama, mistral"):
+        attach(model, RoutingConfig())
+    with pytest.raises(UnsupportedModelError, match="no unit table"):
+        decoder_of(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("layers", [[4], [-1], [0, 99]])
+def test_an_unknown_layer_is_named(layers: list[int]) -> None:
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=rf"names layer {layers[-1]}, .* 4 layers \(0 to 3\)"):
+        attach(model, RoutingConfig(layers=layers))
+    assert not any("skip_router" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("layers", [["3"], [1.0], [None], [True]])
+def test_layers_that_are_no_numbers_are_refused(layers: list[Any]) -> None:
+    with pytest.raises(ConfigError, match="layers"):
+        attach(tiny_model(), RoutingConfig(layers=layers))
+
+
+def test_layers_are_taken_once_and_in_order() -> None:
+    units = find_units(tiny_model(), RoutingConfig(layers=[3, 0, 3]))
+    assert [unit.layer_idx for unit in units] == [0, 3]
+
+
+def test_a_layer_without_attention_is_named() -> None:
+    model = tiny_model()
+    del model.model.layers[2].self_attn
+    with pytest.raises(UnsupportedModelError, match=r"layer 2 .* no attention to route"):
+        find_units(model, RoutingConfig())
+
+
+def test_an_attention_built_of_other_parts_is_refused() -> None:
+    model = tiny_model()
+    del model.model.layers[1].self_attn.k_proj
+    with pytest.raises(UnsupportedModelError, match=r"LlamaAttention .*missing: k_proj"):
+        attach(model, RoutingConfig())
+    assert "routing" not in model.model.__dict__
+
+
+def test_layers_that_the_model_does_not_run_are_left_out() -> None:
+    model = tiny_model()
+    model.config.num_hidden_layers = 3
+    assert len(decoder_layers(decoder_of(model))) == 3
+
+
+def test_names_of_granularities() -> None:
+    assert kind_of("attn_token") == "attn"
+    assert kind_of("block_sequence") == "block"
+    assert is_sequence("attn_sequence")
+    assert not is_sequence("attn_token")
+
+
+# Routers
+
+
+@pytest.mark.parametrize("kind", ["linear", "bottleneck", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_routers_give_their_bias_everywhere_in_fp32(kind: str, dtype: torch.dtype) -> None:
+    router = make_router(RoutingConfig(router=kind, init_bias=1.5, router_hidden=4), 8)
+    x_BTD = torch.randn(2, 5, 8).to(dtype) * 100
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits_BT = router(x_BTD)
+    assert logits_BT.shape == (2, 5)
+    assert logits_BT.dtype is torch.float32
+    assert (logits_BT == 1.5).all()
+    assert all(p.dtype is torch.float32 for p in router.parameters())
+
+
+def test_the_linear_router_is_one_map() -> None:
+    router: Any = make_router(RoutingConfig(), 8)
+    router.score.weight.data = torch.randn(1, 8)
+    x_BTD = torch.randn(2, 5, 8)
+    torch.testing.assert_close(router(x_BTD), x_BTD @ router.score.weight[0] + 1.0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "bottleneck", "bias"])
+def test_every_router_learns(kind: str) -> None:
+    """Also the bottleneck, whose last layer starts at zero: the first moves from step two on."""
+    router = make_router(RoutingConfig(router=kind, router_hidden=4), 8)
+    optimizer = torch.optim.SGD(router.parameters(), lr=0.5)
+    before = [p.detach().clone() for p in router.parameters()]
+    x_BTD, target = torch.randn(2, 5, 8), torch.randn(2, 5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (router(x_BTD) - target).square().mean().backward()
+        optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, router.parameters(), strict=True))
