@@ -175,6 +175,14 @@ def tune(
             "--budget-weight", rich_help_panel=TRAINING, help="Of (kept - target)^2 in the loss."
         ),
     ] = None,
+    distill_positions: Annotated[
+        float | None,
+        typer.Option(
+            "--distill-positions",
+            rich_help_panel=TRAINING,
+            help="Share of the tokens that are compared with the dense model. Fewer is faster.",
+        ),
+    ] = None,
     answers_only: Annotated[
         bool,
         typer.Option(

@@ -58,6 +58,7 @@ class Settings:
     learning_rate: float | None = None
     bias_learning_rate: float | None = None
     budget_weight: float | None = None
+    distill_positions: float | None = None
     prompts: int = 300
     answer_tokens: int = 128
     held_out: int = 16
@@ -140,7 +141,7 @@ def train(
 def _arguments(
     model: PeftModel, settings: Settings, out: Path, evaluate: bool, save_every: int | None
 ) -> RouterTrainingArguments:
-    names = ("learning_rate", "bias_learning_rate", "budget_weight")
+    names = ("learning_rate", "bias_learning_rate", "budget_weight", "distill_positions")
     given = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if save_every is not None:
         given["save_steps"] = save_every

@@ -200,7 +200,7 @@ class PrefixLogits:
     """
 
     def __init__(self, batch: int, decide_after: int, device: torch.device) -> None:
-        self.logits_BP = torch.zeros((batch, decide_after), device=device)
+        self.logits_BP = torch.zeros((batch, decide_after), dtype=torch.float32, device=device)
         self.columns_BP = torch.full((batch, decide_after), -1, device=device)
 
     def add(
