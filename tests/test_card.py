@@ -69,7 +69,7 @@ def test_card_of_a_sequence_adapter_says_when_it_decides() -> None:
 
 def test_metadata(tmp_path: Path) -> None:
     data = ModelCard.load(write_card(tmp_path, calibrated(), "some/model")).data
-    assert data.library_name == "peft"
+    assert data.to_dict()["library_name"] == "peft"
     assert data.base_model == "some/model"
     assert set(data.tags or []) == {
         "router-tuning",

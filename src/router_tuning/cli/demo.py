@@ -67,7 +67,7 @@ def demo(
     """Tune attention routers for SmolLM2-135M, measure them beside controls, and use them.
 
     Needs no data: the frozen model answers shipped prompts, some of which are held back to measure
-    on. Takes about five minutes on two CPU cores.
+    on. Takes some minutes on two free CPU cores.
     """
     started = time.time()
     wanted = budgets_in(budgets)
