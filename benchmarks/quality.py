@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from router_tuning import RouterTuningConfig, calibrate_windows
 from router_tuning.baselines import StaticDrop, cosine_order, greedy_order
@@ -30,7 +31,9 @@ from router_tuning.data import WindowDataset, Windows, load_examples, make_windo
 from router_tuning.embedded import load_model, load_tokenizer
 from router_tuning.evaluation.perplexity import window_loss
 from router_tuning.execution.context import decided_by, record
+from router_tuning.training.shared_prefix import Prefix
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
+from router_tuning.units import decoder_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "kept": {"granularity": "attn_token", "kv": "kept"},
@@ -50,6 +53,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.model)
     material = _material(options, tokenizer)
     document = json.loads(path.read_text()) if options.resume and path.exists() else {"runs": []}
+    material["teacher"] = _teach(model, material["train"], options.teacher)
     document["run"] = _about(options, model, document.get("run"))
     started = time.time()
 
@@ -93,6 +97,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--static", type=_numbers(int), default=[], help="numbers of units to drop")
     parser.add_argument("--greedy-windows", type=int, default=4, help="0 leaves it out: slow")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--teacher", metavar="FILE", help="keep the dense model's hidden states")
     parser.add_argument("--json", required=True)
     parser.add_argument("--continue", dest="resume", action="store_true")
     return parser.parse_args()
@@ -153,7 +158,10 @@ def _run(
             save_strategy="no",
             use_cpu=not torch.cuda.is_available(),
         )
-        trainer = RouterTrainer(routed, arguments, train_dataset=WindowDataset(material["train"]))
+        trainer = _TaughtFromMemory(
+            routed, arguments, train_dataset=WindowDataset(material["train"])
+        )
+        trainer.known = material["teacher"]
         trainer.train()
     trained = time.time()
     entries = calibrate_windows(routed, material["held_back"], options.budgets)
@@ -174,6 +182,39 @@ def _run(
     routed.unload()
     _say(f"{setting} seed {seed}", run["routed"])
     return run
+
+
+class _TaughtFromMemory(RouterTrainer):
+    """Every run distils the same frozen model on the same windows: it has passed over them once."""
+
+    known: dict[bytes, torch.Tensor]
+
+    def teacher(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Prefix]:
+        """Last hidden states of these windows."""
+        rows = [self.known[row.numpy().tobytes()] for row in inputs["input_ids"].cpu()]
+        return torch.stack(rows).to(inputs["input_ids"].device), Prefix([])
+
+
+@torch.no_grad()
+def _teach(model: Any, windows: Windows, file: str | None) -> dict[bytes, torch.Tensor]:
+    """Last hidden states of the untouched model: window -> (L, D). Kept in a file if one is given.
+
+    Windows of another run with the same text are the same, so several processes can share it.
+    """
+    path = Path(file) if file else None
+    if path is not None and path.exists():
+        stored = load_file(path)
+        hidden_NLD, ids_NL = stored["hidden"], stored["ids"]
+    else:
+        decoder = decoder_of(model).eval()
+        parts = [decoder(input_ids=ids, use_cache=False)[0] for ids in windows.ids.split(8)]
+        hidden_NLD, ids_NL = torch.cat(parts), windows.ids
+        if path is not None:
+            save_file({"hidden": hidden_NLD, "ids": ids_NL}, path)
+    return {
+        ids_L.numpy().tobytes(): hidden_LD
+        for ids_L, hidden_LD in zip(ids_NL, hidden_NLD, strict=True)
+    }
 
 
 def _loss(model: Any, windows: Windows) -> dict[str, Any]:

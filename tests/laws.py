@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from router_tuning import RoutingConfig, attach, execute, record, replay, routing_of
 from router_tuning.execution.context import ROUTER_CHILD
@@ -40,6 +41,15 @@ CHUNKS: dict[str, list[int]] = {
     "decode": [12] + [1] * 8,
 }
 """Phases, by the lengths of the forwards that a batch of 20 columns is fed in."""
+
+
+CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""The name of a cache in arguments and outputs; transformers 5.24 renamed it."""
+
+
+def over(cache: Any) -> dict[str, Any]:
+    """The argument that gives a call its cache."""
+    return {CACHE: cache}
 
 
 @dataclass(frozen=True)
@@ -181,7 +191,9 @@ def run(
         parts, start = [], cache.get_seq_length()
         for length in chunks:
             parts.append(
-                forward(model, given, start, start + length, cache=cache, use_cache=True, **options)
+                forward(
+                    model, given, start, start + length, **over(cache), use_cache=True, **options
+                )
             )
             start += length
         assert start == given.ids.shape[1]

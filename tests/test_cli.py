@@ -409,10 +409,11 @@ def test_training_that_cannot_go_on_is_3(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
-        raise TrainingError("the loss became nan in step 2; step 1 is saved")
+        raise TrainingError("the loss became nan; train(resume_from_checkpoint=True) continues")
 
     monkeypatch.setattr(tuning.RouterTrainer, "train", fail)
-    assert "the loss became nan" in refused(3, "tune", *data_options(home, tmp_path))
+    said = refused(3, "tune", *data_options(home, tmp_path))
+    assert "the loss became nan; --resume continues" in said
 
 
 # --- calibrate ---
@@ -748,7 +749,10 @@ def test_demo_leaves_adapter_numbers_and_figure(home: Path, tmp_path: Path) -> N
     assert routed["budget"] == 0.5
     assert str(out / "demo.png") in said.out
     assert "router-tuning generate --adapter" in said.out
-    assert RouterTuningConfig.from_pretrained(str(out)).calibration
+    config = RouterTuningConfig.from_pretrained(str(out))
+    assert [e["budget"] for e in config.calibration] == [0.5, 0.75]
+    assert config.layers == [1, 2, 3]  # the first one is left alone
+    assert (config.kv, config.kv_sink, config.kv_window) == ("kept", 4, 16)
     run(*options)  # again, over its own folder
     (out / "demo.json").unlink()
     assert "--overwrite" in refused(2, *demo_options(home, out))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from laws import Batch, Case, batch, routed_model, run
+from laws import Batch, Case, batch, over, routed_model, run
 from router_tuning import RoutingConfig, attach, record, replay
 from router_tuning.cost import Cost, cost, flops_fraction
 from router_tuning.errors import UnsupportedCallError
@@ -98,9 +98,9 @@ def test_cropped_tokens_are_paid_for_and_then_unseen(case: Case) -> None:
     with torch.no_grad(), record(model) as trace:
         cache = DynamicCache(config=model.config)
         wrong = torch.cat([given.ids[:, :4], given.ids[:, 6:9]], dim=1)
-        model(wrong, cache=cache, use_cache=True)
+        model(wrong, **over(cache), use_cache=True)
         cache.crop(-3)
-        model(given.ids[:, 4:], cache=cache, use_cache=True)
+        model(given.ids[:, 4:], **over(cache), use_cache=True)
     straight = run(model, given, [4, 5])
     detour = run(model, Batch(wrong, torch.ones_like(wrong)), [4, 3])
     short = run(model, Batch(given.ids[:, :4], given.mask[:, :4]), [4])

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from laws import (
+    CACHE,
     CASES,
     CHUNKS,
     DELTA,
@@ -24,6 +25,7 @@ from laws import (
     batch,
     calibrate_by_hand,
     difference,
+    over,
     routed_model,
     run,
 )
@@ -192,7 +194,7 @@ def test_an_assistant_model_changes_no_answer(case: Case, routed_assistant: bool
 
 @some_cases
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
 @pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
 def test_a_conversation_goes_on_with_its_old_cache(case: Case, family: str, name: str) -> None:
     model = routed_model(Case(family, case.granularity, case.kv, case.sink, case.window))
@@ -204,7 +206,7 @@ def test_a_conversation_goes_on_with_its_old_cache(case: Case, family: str, name
     mask[:, :12] = given.mask
     mask[1, -5:-3] = 0  # the second turn is padded too
     text = Batch(ids, mask)
-    continued, rest = generate(model, text, **{name: first.cache})
+    continued, rest = generate(model, text, **{name: first[CACHE]})
     afresh, trace = generate(model, text)
     assert torch.equal(continued.sequences, afresh.sequences)
     assert rest.forwards[0].start == 12 + NEW - 1
@@ -324,7 +326,7 @@ def test_a_static_cache_object_is_refused_also_without_a_mask(case: Case) -> Non
     model = routed_model(case)
     cache = StaticCache(config=model.config, max_cache_len=32)
     with torch.no_grad(), pytest.raises(UnsupportedCallError, match="StaticLayer"):
-        model(batch(2, 4, padded=False).ids, cache=cache)
+        model(batch(2, 4, padded=False).ids, **over(cache))
 
 
 def test_a_routed_cache_cannot_go_on_dense() -> None:
@@ -336,16 +338,16 @@ def test_a_routed_cache_cannot_go_on_dense() -> None:
             torch.cat([text.ids, text.ids[:, -2:]], 1), torch.cat([text.mask, text.mask[:, -2:]], 1)
         )
         with dense(model), pytest.raises(UnsupportedCallError, match="start a new cache"):
-            run(model, longer, [2], cache=out.cache)
+            run(model, longer, [2], cache=out[CACHE])
         routing_of(model).enabled = False
         with pytest.raises(UnsupportedCallError, match="start a new cache"):
-            run(model, longer, [2], cache=out.cache)
+            run(model, longer, [2], cache=out[CACHE])
 
 
 def test_a_cache_is_refused_on_the_differentiable_path() -> None:
     model, given = routed_model(), batch(2, 4, padded=False)
     with pytest.raises(UnsupportedCallError, match=r"torch\.no_grad"):
-        model(given.ids, cache=DynamicCache(config=model.config))
+        model(given.ids, **over(DynamicCache(config=model.config)))
 
 
 @pytest.mark.parametrize("budget", [[0.5, 0.5], [0.5] * 4, []])
@@ -384,7 +386,7 @@ def test_a_mask_of_the_wrong_length_is_refused() -> None:
     model, given = routed_model(), batch(2, 20, padded=False)
     cache = run(model, Batch(given.ids[:, :12], given.mask[:, :12]), [12]).cache
     with torch.no_grad(), pytest.raises(UnsupportedCallError, match=r"wanted \(2, 13\)"):
-        model(given.ids[:, 12:13], attention_mask=given.mask[:, 12:13], cache=cache)
+        model(given.ids[:, 12:13], attention_mask=given.mask[:, 12:13], **over(cache))
 
 
 def test_generate_knows_the_word_budget_and_no_other() -> None:

@@ -29,6 +29,7 @@ from laws import (
     batch,
     calibrate_by_hand,
     difference,
+    over,
     randomize,
     routed_model,
     run,
@@ -74,7 +75,7 @@ def bare_logits(model: Any, given: Batch, chunks: list[int] | None) -> Tensor:
                 given.ids[:, columns],
                 given.mask[:, : start + length],
                 given.positions[:, columns],
-                cache=cache,
+                **over(cache),
             )
             parts.append(out.logits)
             start += length
@@ -246,6 +247,26 @@ def test_the_gradient_of_the_masked_path_reaches_every_router(case: Case) -> Non
         assert gradient.abs().max() > 0
 
 
+def test_the_gate_of_a_sandwich_family_acts_after_its_post_norm() -> None:
+    """Before the norm a gate would be undone, and at zero its gradient would explode."""
+    model, given = routed_model(with_family("gemma3")), batch(padded=False)
+    norm = model.model.layers[2].post_attention_layernorm
+    entering, leaving = [], []
+    norm.register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    norm.register_forward_hook(lambda module, args, output: leaving.append(output))
+    with record(model) as trace:
+        logits = model(given.ids).logits
+    gate_BT = trace.forwards[0].units["layers.2.attn"].soft_BT
+    assert gate_BT is not None
+    gate_BT.retain_grad()
+    leaving[0].retain_grad()
+    logits.square().mean().backward()
+    ungated_BTD = type(norm).forward(norm, entering[0])
+    torch.testing.assert_close(leaving[0], ungated_BTD * gate_BT[..., None])
+    torch.testing.assert_close(gate_BT.grad, (leaving[0].grad * ungated_BTD).sum(-1))
+    assert gate_BT.grad[gate_BT == 0].abs().max() > 0  # a skipped token learns too
+
+
 @every_case
 def test_gradients_through_the_skipping_path_equal_the_masked_ones(case: Case) -> None:
     """Of the inputs: what is skipped gives none, and no NaN of an empty query gets through."""
@@ -337,7 +358,7 @@ def test_a_crop_takes_tokens_back(case: Case) -> None:
         for good, bad in ((8, 3), (1, 4), (1, 2), (6, 3), (4, 0)):
             right = slice(at, at + good)
             ids = torch.cat([given.ids[:, right], wrong.ids[:, :bad]], dim=1)
-            logits.append(model(ids, cache=cache, use_cache=True).logits[:, :good])
+            logits.append(model(ids, **over(cache), use_cache=True).logits[:, :good])
             cache.crop(-bad)
             at += good
             assert cache.get_seq_length() == at
@@ -352,12 +373,12 @@ def test_a_crop_into_the_prefix_takes_a_sequence_decision_back(case: Case) -> No
     whole = run(model, given)
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
-        model(given.ids[:, :1], cache=cache, use_cache=True)
+        model(given.ids[:, :1], **over(cache), use_cache=True)
         model(
-            given.ids[:, 1:5].flip(1), cache=cache, use_cache=True
+            given.ids[:, 1:5].flip(1), **over(cache), use_cache=True
         )  # other tokens: another decision
         cache.crop(-4)
-        logits = model(given.ids[:, 1:], cache=cache, use_cache=True).logits
+        logits = model(given.ids[:, 1:], **over(cache), use_cache=True).logits
     assert (
         difference(logits, whole.logits[:, 1:], given.real[:, 1:]) < LOGIT_TOLERANCE[torch.float32]
     )
@@ -375,7 +396,7 @@ def test_reordered_rows_carry_their_keys_and_decisions(case: Case) -> None:
                 given.ids[:, columns],
                 given.mask[:, : columns.stop],
                 given.positions[:, columns],
-                cache=cache,
+                **over(cache),
             )
     cache.reorder_cache(order)
     permuted = given.take(order.tolist())

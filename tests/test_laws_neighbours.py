@@ -21,6 +21,7 @@ from laws import (
     batch,
     calibrate_by_hand,
     difference,
+    over,
     routed_model,
     run,
 )
@@ -135,7 +136,7 @@ def test_interleaved_generations_do_not_know_each_other(case: Case) -> None:
         for length in CHUNKS["decode"]:
             for text, budget, cache, part in zip(texts, budgets, caches, parts, strict=True):
                 ids = text.ids[:, start : start + length]
-                part.append(model(ids, cache=cache, use_cache=True, budget=budget).logits)
+                part.append(model(ids, **over(cache), use_cache=True, budget=budget).logits)
             start += length
     for part, one in zip(parts, alone, strict=True):
         assert torch.equal(torch.cat(part, 1), one.logits)

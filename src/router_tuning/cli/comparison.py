@@ -17,9 +17,9 @@ from router_tuning.errors import DataError
 from router_tuning.evaluation.perplexity import evaluate, window_loss
 from router_tuning.execution.context import decided_by, record, routing_of
 
-CALIBRATION_TOKENS = 1280
-EVALUATION_TOKENS = 2048
-HELD_OUT_SHARE = 0.4
+CALIBRATION_TOKENS = 1024
+EVALUATION_TOKENS = 1024
+HELD_OUT_SHARE = 0.45
 """Of the prompts: there are few, and the figure needs text of its own."""
 
 

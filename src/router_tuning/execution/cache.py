@@ -320,7 +320,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
             self.store.advance(seen)
             self.store.forgotten = seen - held
-        self.inner.reset()
+        _empty(self.inner)
         return self.store
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -340,7 +340,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.prefix.crop(length)
 
     def reset(self) -> None:
-        self.inner.reset()
+        _empty(self.inner)
         self.store = self.prefix = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -369,6 +369,13 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for part in (self.store, self.prefix):
             if part is not None:
                 part.select(pick)
+
+
+def _empty(layer: Any) -> None:
+    """Let go of a layer's keys; in older transformers its own reset only zeroes them."""
+    layer.reset()
+    layer.keys = layer.values = None
+    layer.is_initialized = False
 
 
 def touch(cache: object, layer_idx: int) -> RoutedCacheLayer:

@@ -135,7 +135,7 @@ class RouterTrainerMixin(_Trainer):
 
     def _distill(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        teacher_BTD, prefix = self._teacher(inputs)
+        teacher_BTD, prefix = self.teacher(inputs)
         with reuse_prefix(prefix):
             student_BTD, outputs = self._hidden(model, inputs)
         chosen_BT = self._choose(_real(inputs, student_BTD))
@@ -144,8 +144,11 @@ class RouterTrainerMixin(_Trainer):
             loss = distill_loss(student_BTD[chosen_BT], teacher_BTD[chosen_BT], head)
         return loss, outputs
 
-    def _teacher(self, inputs: dict[str, Any]) -> tuple[Tensor, Prefix]:
-        """Last hidden states of the dense model (no dropout), and what its lower layers gave."""
+    def teacher(self, inputs: dict[str, Any]) -> tuple[Tensor, Prefix]:
+        """Last hidden states of the dense model (no dropout), and what its lower layers gave.
+
+        A subclass that has these hidden states already may return them with `Prefix([])`.
+        """
         training = self.routed.training
         with torch.no_grad(), dense(self.routed), capture_prefix(self.routed) as prefix:
             self.routed.eval()
