@@ -11,18 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from router_tuning import RoutingConfig, attach, execute, record, replay, routing_of
 from router_tuning.execution.context import ROUTER_CHILD
 from router_tuning.record import Trace, same_decisions
 from router_tuning.units import attention_of, decoder_layers, decoder_of
-from tiny import FAMILIES, tiny_model, token_ids
+from tiny import CACHE_KEY, FAMILIES, tiny_model, token_ids
 
 LOGIT_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.25}
 """Largest difference of two correct logits of the tiny models (of size about 3) in a dtype."""
@@ -43,13 +42,9 @@ CHUNKS: dict[str, list[int]] = {
 """Phases, by the lengths of the forwards that a batch of 20 columns is fed in."""
 
 
-CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-"""The name of a cache in arguments and outputs; transformers 5.24 renamed it."""
-
-
 def over(cache: Any) -> dict[str, Any]:
     """The argument that gives a call its cache."""
-    return {CACHE: cache}
+    return {CACHE_KEY: cache}
 
 
 @dataclass(frozen=True)

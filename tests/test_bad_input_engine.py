@@ -126,10 +126,48 @@ def test_budgets_come_in_every_form_of_number() -> None:
     model, given = routed_model(), batch()
     calibrate_by_hand(model)
     expected = run(model, given, budget=0.5)
-    for one in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5), [0.5], (0.5,), [0.5] * 3):
+    for one in (
+        np.float32(0.5),
+        np.float64(0.5),
+        torch.tensor(0.5),
+        [0.5],
+        (0.5,),
+        [0.5] * 3,
+        np.array(0.5),
+    ):
         assert torch.equal(run(model, given, budget=one).logits, expected.logits)
     with pytest.raises(BudgetError):
         run(model, given, budget=torch.full((1, 3), 0.5))
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [torch.tensor(0.8), torch.tensor([0.8]), torch.tensor([[0.8]]), np.float32(0.8), 0.8],
+    ids=repr,
+)
+def test_a_default_budget_may_be_a_tensor_of_one_number_and_is_kept_as_a_float(budget: Any) -> None:
+    """0.8 in float32 lies a little above the highest calibrated budget."""
+    model, given = routed_model(), batch()
+    routing_of(model).config.calibration = [{"budget": 0.8, "threshold": 0.3}]
+    set_budget(model, budget)
+    assert type(routing_of(model).config.default_budget) is float
+    expected = run(model, given, budget=0.8).logits
+    assert torch.equal(run(model, given).logits, expected)
+    if not isinstance(budget, torch.Tensor) or budget.ndim < 2:  # a call's may be one a row
+        assert torch.equal(run(model, given, budget=budget).logits, expected)
+    set_budget(model, None)
+    assert routing_of(model).config.default_budget is None
+
+
+@pytest.mark.parametrize(
+    "budget", [torch.tensor([0.5, 0.6]), torch.tensor([]), torch.tensor(True), [0.5], object()]
+)
+def test_a_default_budget_is_one_number(budget: Any) -> None:
+    model = routed_model()
+    calibrate_by_hand(model)
+    with pytest.raises(BudgetError, match="a budget is the fraction"):
+        set_budget(model, budget)
+    assert routing_of(model).config.default_budget is None
 
 
 def test_thresholds_do_not_follow_torchs_default_dtype() -> None:
@@ -169,6 +207,75 @@ def test_neither_ids_nor_embeddings_is_transformers_own_error() -> None:
     model = routed_model()
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model()
+
+
+# Deciders
+
+
+def decide(answer: Callable[[torch.Tensor], Any]) -> Any:
+    """A decider whose answer is made from the decision to keep everything."""
+    return lambda unit, x, forward: answer(torch.ones(x.shape[:2], dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("answer", "came"),
+    [
+        (lambda keep: keep.float(), r"torch\.float32 \(3, 20\)"),
+        (lambda keep: keep.long(), r"torch\.int64 \(3, 20\)"),
+        (lambda keep: keep[0], r"torch\.bool \(20,\)"),
+        (lambda keep: keep.tolist(), "list"),
+        (lambda keep: None, "NoneType"),
+    ],
+    ids=["float", "int", "shape", "list", "None"],
+)
+@pytest.mark.parametrize("path", ["masked", "skipping"])
+def test_a_decider_that_gives_no_bools_is_named(
+    answer: Callable[[torch.Tensor], Any], came: str, path: Any
+) -> None:
+    model, given = routed_model(), batch()
+    before = run(model, given).logits
+    wanted = rf"decision for layers\.0\.attn must be a torch\.bool .*\(3, 20\).*; got {came}"
+    with (
+        pytest.raises(ConfigError, match=wanted),
+        execute(model, path),
+        decided_by(model, decide(answer)),
+    ):
+        run(model, given)
+    assert torch.equal(run(model, given).logits, before)
+
+
+def test_decisions_to_replay_name_every_routed_unit_and_no_other() -> None:
+    model, given = routed_model(), batch()
+    decisions = run(model, given).trace.decisions()
+    there = r"routed units layers\.0\.attn, .*, layers\.3\.attn"
+    for wrong, match in (
+        ({}, r"decisions lacks 'layers\.0\.attn'"),
+        ({**decisions, "layers.9.attn": decisions["layers.0.attn"]}, r"names 'layers\.9\.attn'"),
+        ({n: d for n, d in decisions.items() if "2" not in n}, r"lacks 'layers\.2\.attn'"),
+    ):
+        with pytest.raises(ConfigError, match=f"{match}.*{there}"), replay(model, wrong):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("change", "came"),
+    [
+        (lambda keep: keep.float(), "torch.float32"),
+        (lambda keep: keep.long(), "torch.int64"),
+        (lambda keep: keep[0], "torch.bool"),
+        (lambda keep: keep.tolist(), "list"),
+    ],
+    ids=["float", "int", "row", "list"],
+)
+def test_decisions_to_replay_are_bools_of_rows_and_columns(
+    change: Callable[[torch.Tensor], Any], came: str
+) -> None:
+    model, given = routed_model(), batch()
+    decisions: dict[str, Any] = run(model, given).trace.decisions()
+    decisions["layers.2.attn"] = change(decisions["layers.2.attn"])
+    match = rf"decisions\['layers\.2\.attn'\] must be a torch\.bool .* got {came}"
+    with pytest.raises(ConfigError, match=match), replay(model, decisions):
+        pass
 
 
 # Odd calls that must work

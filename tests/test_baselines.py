@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -93,7 +94,53 @@ def test_random_masks_of_sequences_keep_or_skip_them_whole() -> None:
         assert ((keep[:, 3:].sum(1) == 0) | (keep[:, 3:].sum(1) == 9)).all()
 
 
+@pytest.mark.parametrize(
+    "rate", [-0.1, 1.2, float("nan"), True, "0.5", None, {"layers.0.attn": 1.5}, [0.5]], ids=str
+)
+def test_a_rate_is_a_fraction(rate: Any) -> None:
+    with pytest.raises(ConfigError, match=r"a rate is a kept fraction from 0 to 1.*; got"):
+        RandomMask(rate)
+
+
+def test_rates_may_be_of_any_kind_of_number() -> None:
+    model, given = routed_model(), batch(padded=False)
+    expected = decisions(model, RandomMask(0.5), given).decisions()
+    found = decisions(model, RandomMask(np.float32(0.5)), given).decisions()  # type: ignore[arg-type]
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("rates", "match"),
+    [
+        ({name: 0.5 for name in NAMES[1:]}, r"rate lacks 'layers\.0\.attn'"),
+        ({name: 0.5 for name in [*NAMES, "layers.4.attn"]}, r"rate names 'layers\.4\.attn'"),
+        ({}, r"rate lacks 'layers\.0\.attn'"),
+    ],
+)
+def test_rates_name_every_routed_unit_and_no_other(rates: dict[str, float], match: str) -> None:
+    model = routed_model()
+    listed = rf"{match}; wanted each of the routed units {', '.join(NAMES)}"
+    with pytest.raises(ConfigError, match=listed), decided_by(model, RandomMask(rates)):
+        pass
+
+
 # Static dropping
+
+
+@pytest.mark.parametrize("dropped", ["layers.1.attn", 3, None])
+def test_what_is_dropped_is_a_list(dropped: Any) -> None:
+    with pytest.raises(ConfigError, match=r"must be a list of unit names, got .*; write Static"):
+        StaticDrop(dropped)
+
+
+def test_only_routed_units_can_be_dropped() -> None:
+    model = bare_model("llama")
+    attach(model, RoutingConfig(layers=[0, 2]))
+    listed = r"routed units layers\.0\.attn, layers\.2\.attn$"
+    for name in ("layers.1.attn", "layers.2.self_attn", 2):
+        drop = StaticDrop(["layers.0.attn", name])  # type: ignore[list-item]
+        with pytest.raises(ConfigError, match=f"names {name!r}.*{listed}"), decided_by(model, drop):
+            pass
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -107,8 +108,31 @@ def test_routers_that_see_no_difference_can_only_keep_all_or_nothing() -> None:
     """Fresh ones: one logit for all. The nearest that is possible is stored, with what it keeps."""
     model = bare_model("llama")
     attach(model, RoutingConfig())
-    entry = calibrate_windows(model, windows(4), (0.8,))[0]
+    with pytest.warns(UserWarning, match=r"budget 0\.8 was missed: .* keeps 1\.000 .* alike"):
+        entry = calibrate_windows(model, windows(4), (0.8,))[0]
     assert entry["kept_fraction"] == 1.0
+
+
+def test_too_little_text_is_told_of_with_how_little_it_was() -> None:
+    """Two sequences of four units: nothing lies between eighths of what follows the prefix."""
+    model = routed_model(Case(granularity="attn_sequence"))
+    text = windows(2, 6)
+    with pytest.warns(UserWarning, match=r"too little text \(2 windows, 12 tokens\)") as told:
+        entries = calibrate_windows(model, text, [0.6 + 0.02 * i for i in range(15)])
+    missed = [e["budget"] for e in entries if abs(e["kept_fraction"] - e["budget"]) > 0.02]
+    assert 0 < len(missed) < len(entries)
+    assert [str(t.message).split()[1] for t in told] == [f"{budget:g}" for budget in missed]
+    assert {t.filename for t in told} == {__file__}
+    assert routing_of(model).config.calibration is entries
+
+
+def test_static_routers_are_not_told_that_they_keep_whole_units() -> None:
+    model = bare_model("llama")
+    attach(model, RoutingConfig(router="bias"))
+    for unit in routing_of(model).units:
+        model.model.layers[unit.layer_idx].skip_router_attn.bias.data.fill_(float(unit.layer_idx))
+    entries = calibrate_windows(model, windows(4), (0.9, 0.6))  # a warning would be an error
+    assert [entry["kept_fraction"] for entry in entries] == [0.75, 1.0]
 
 
 def test_calibrating_again_replaces_what_was_there() -> None:
@@ -156,6 +180,23 @@ def test_bad_budgets_are_refused_and_change_nothing(budgets: Any) -> None:
     with pytest.raises(BudgetError):
         calibrate_windows(model, windows(4), budgets)
     assert routing_of(model).config.calibration is table
+
+
+@pytest.mark.parametrize("budgets", [0.8, "0.8", None, torch.tensor(0.8), np.array(0.8)], ids=repr)
+def test_one_bare_budget_is_refused_before_the_text_is_read(
+    tokenizer: PreTrainedTokenizerFast, budgets: Any
+) -> None:
+    model = routed_model()
+    with pytest.raises(BudgetError, match=r"must be a list of numbers, got .*; write \[0\.8\]"):
+        calibrate(model, tokenizer, iter([None]), budgets)  # type: ignore[list-item]
+    with pytest.raises(BudgetError, match="must be a list of numbers"):
+        calibrate_windows(model, windows(4), budgets)
+
+
+def test_budgets_come_in_any_list() -> None:
+    model = routed_model()
+    for budgets in ((0.8,), [0.8], {0.8}, np.array([0.8])):
+        assert len(calibrate_windows(model, windows(8), budgets)) == 1  # type: ignore[arg-type]
 
 
 def test_a_budget_below_the_unrouted_layers_is_refused_with_the_floor() -> None:

@@ -507,29 +507,62 @@ def test_eval_writes_the_form_of_the_issue(home: Path, adapter: Path, tmp_path: 
     assert f"{document['dense']['loss']:.4f}" in said
 
 
-def test_eval_compares(home: Path, adapter: Path, tmp_path: Path) -> None:
-    static = tmp_path / "static"
-    run("tune", *data_options(home, static), "--router", "bias", "--budgets", "0.9,0.7")
+CONTROLS = ("random", "random_uniform", "static_cosine", "static_greedy", "learned_static")
+
+
+def test_eval_compares_with_every_control(home: Path, adapter: Path, tmp_path: Path) -> None:
     file = tmp_path / "e.json"
-    options = ["--length", "32", "--limit", "3", "--budgets", "0.8", "--masks", "2", "--json", file]
-    data = ["--data", home / "plain.txt", "--adapter", adapter, "--compare"]
-    run("eval", *data, *options, "--learned-static", static)
+    options = ["--length", "32", "--limit", "3", "--budgets", "0.75", "--masks", "2"]
+    data = ["--data", home / "plain.txt", "--adapter", adapter, "--compare", "--json", file]
+    said = run("eval", *data, *options)
     document = read(file)
-    for control in ("random", "static_cosine", "static_greedy", "learned_static"):
+    for control in CONTROLS:
         (row,) = document[control]
         assert row.keys() >= MEASURES
-        assert row["budget"] == 0.8
+        assert row["budget"] == 0.75
+    # Of three routed layers of four, one is dropped, and the loss is that of a whole model.
+    assert document["learned_static"][0]["kept_fraction"] == 0.75
     assert document["random"][0]["kept_fraction"] == pytest.approx(
         document["routed"][0]["kept_fraction"], abs=0.12
     )
     assert document["run"]["seeds"] == [0, 1]
-    assert document["run"]["data"]["selection"] == f"held back of {home / 'chat.jsonl'}"
-    said = run("eval", *data, *options, "--selection-data", home / "chat.jsonl").out
-    assert "learned_static: left out" in said
-    assert "learned_static" not in read(file)
+    chat = home / "chat.jsonl"
+    assert document["run"]["data"] == {
+        "measured": str(home / "plain.txt"),
+        "selection": f"held back of {chat}",
+        "learned_static": str(chat),
+    }
+    assert "learned" in said.out
+
+
+def test_eval_takes_a_learned_static_adapter(home: Path, adapter: Path, tmp_path: Path) -> None:
+    static = tmp_path / "static"
+    run("tune", *data_options(home, static), "--router", "bias", "--budgets", "0.9,0.7")
+    file = tmp_path / "e.json"
+    options = ["--length", "32", "--limit", "3", "--budgets", "0.8"]
+    data = ["--data", home / "plain.txt", "--adapter", adapter, "--compare", "--json", file]
+    run("eval", *data, *options, "--learned-static", static)
+    document = read(file)
+    assert document["learned_static"][0].keys() >= MEASURES
+    assert document["run"]["data"]["learned_static"] == str(static)
+    alone = ["--data", home / "plain.txt", "--adapter", static, "--json", file]
+    run("eval", *alone, *options)
+    assert document["learned_static"] == read(file)["routed"]
     assert "wanted an adapter tuned with --router bias" in refused(
         2, "eval", *data, *options, "--learned-static", adapter
     )
+
+
+def test_eval_leaves_learned_static_out_when_told(
+    home: Path, adapter: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "e.json"
+    options = ["--length", "32", "--limit", "2", "--budgets", "0.9", "--json", file]
+    data = ["--data", home / "plain.txt", "--adapter", adapter, "--compare"]
+    run("eval", *data, *options, "--static-steps", "0", "--selection-data", home / "chat.jsonl")
+    document = read(file)
+    assert "learned_static" not in document
+    assert document["run"]["data"]["selection"] == str(home / "chat.jsonl")
 
 
 def test_eval_on_text_of_training_says_so(home: Path, adapter: Path) -> None:
@@ -736,7 +769,8 @@ def test_demo_leaves_adapter_numbers_and_figure(home: Path, tmp_path: Path) -> N
     options = [*demo_options(home, out), "--budgets", "0.75,0.5", "--json", tmp_path / "d.json"]
     said = run(*options)
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert {p.name for p in out.iterdir()} == names | {"demo.json", "demo.png"}
+    ours = {"demo.json", "demo.png", "tune.json", "checkpoints"}
+    assert {p.name for p in out.iterdir()} == names | ours
     document = read(out / "demo.json")
     assert document == read(tmp_path / "d.json")
     for name in ("routed", "random", "static_cosine"):
@@ -753,9 +787,14 @@ def test_demo_leaves_adapter_numbers_and_figure(home: Path, tmp_path: Path) -> N
     assert [e["budget"] for e in config.calibration] == [0.5, 0.75]
     assert config.layers == [1, 2, 3]  # the first one is left alone
     assert (config.kv, config.kv_sink, config.kv_window) == ("kept", 4, 16)
+    again = tmp_path / "c.json"  # no prompt that trained, and none that was measured
+    said_again = run("calibrate", "--adapter", out, "--budgets", "0.75,0.5", "--json", again)
+    assert "Sampling" not in said_again.said
+    assert RouterTuningConfig.from_pretrained(str(out)).calibration == config.calibration
     run(*options)  # again, over its own folder
-    (out / "demo.json").unlink()
+    (out / "demo.json").unlink()  # now it looks like a tuning of somebody's
     assert "--overwrite" in refused(2, *demo_options(home, out))
+    assert (out / "checkpoints").is_dir()
 
 
 def test_demo_needs_enough_text(home: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from router_tuning.errors import BudgetError, ConfigError
         {"granularity": "attn_sequence", "decide_after": 1},
         {"granularity": ["attn_token"]},
         {"layers": [0]},
+        {"layers": (0, 1)},
+        {"calibration": [{"budget": 0.5, "threshold": -math.inf}], "base": {}},
         {"kv": "all"},
         {"kv_sink": 4, "kv_window": 16},
         {"router": "bottleneck", "router_hidden": 1},
@@ -54,6 +56,38 @@ def test_good_configs_pass(options: dict[str, Any]) -> None:
         ({"kv": "all", "kv_sink": 4}, 'kv_sink and kv_window go with kv="kept"'),
         ({"kv": "all", "kv_window": 4}, 'kv_sink and kv_window go with kv="kept"'),
         ({"format_version": FORMAT_VERSION + 1}, "upgrade router-tuning"),
+        ({"format_version": "2"}, "format_version must be a whole number of at least 1, got '2'"),
+        ({"format_version": None}, "format_version must be a whole number"),
+        ({"format_version": 0}, "format_version must be a whole number"),
+        ({"layers": 3}, "layers must be a list of whole numbers .*; got 3"),
+        ({"layers": "012"}, "layers must be a list of whole numbers .*; got '012'"),
+        ({"layers": ["0"]}, "layers must be a list of whole numbers"),
+        ({"layers": [True]}, "layers must be a list of whole numbers"),
+        ({"granularity": None}, "granularity must be a name, or a list of names.*; got None"),
+        ({"granularity": 3}, "granularity must be a name, or a list of names.*; got 3"),
+        ({"granularity": [None]}, "granularity must be one of attn_token.*got None"),
+        ({"kv": None}, "kv must be one of all, kept, got None"),
+        ({"router": ["linear"]}, "router must be one of"),
+        ({"init_bias": "x"}, "init_bias must be positive and finite.*got 'x'"),
+        ({"init_bias": None}, "init_bias must be positive and finite.*got None"),
+        ({"init_bias": True}, "init_bias must be positive and finite.*got True"),
+        ({"kv_sink": "4"}, "kv_sink must be a whole number of at least 0, got '4'"),
+        ({"decide_after": None}, "decide_after must be a whole number"),
+        ({"calibration": 3}, "calibration must be a list with one entry a budget.*got 3"),
+        ({"calibration": None}, "calibration must be a list with one entry a budget.*got None"),
+        ({"calibration": {"budget": 0.5, "threshold": 0.0}}, "calibration must be a list"),
+        ({"calibration": [3]}, r"calibration\[0\] must be a dict .* got 3; calibrate again"),
+        (
+            {"calibration": [{"budget": 0.5, "threshold": 0.0}, {"budget": 0.8}]},
+            r"calibration\[1\] must be a dict with at least \"budget\" and \"threshold\"",
+        ),
+        ({"calibration": [{"threshold": 0.0}]}, r"calibration\[0\] must be a dict"),
+        (
+            {"calibration": [{"budget": 0.5, "threshold": "0"}]},
+            r"calibration\[0\] threshold must be a number, got '0'",
+        ),
+        ({"calibration": [{"budget": 0.5, "threshold": math.nan}]}, "threshold must be a number"),
+        ({"base": "some/model"}, "base must be the base model's identity .*got 'some/model'"),
     ],
 )
 def test_bad_configs_are_named(options: dict[str, Any], match: str) -> None:
@@ -64,8 +98,11 @@ def test_bad_configs_are_named(options: dict[str, Any], match: str) -> None:
 @pytest.mark.parametrize("field", ["budget", "default_budget"])
 @pytest.mark.parametrize("budget", [0, 0.0, -0.5, 1.2, math.nan, math.inf, "0.8", True])
 def test_bad_budgets_are_named(field: str, budget: Any) -> None:
-    with pytest.raises(BudgetError, match="above 0 and at most 1; got"):
+    with pytest.raises(BudgetError, match=f"^{field}: a budget is .* above 0 and at most 1; got"):
         RoutingConfig(**{field: budget}).check()
+    entry = {"budget": budget, "threshold": 0.0}
+    with pytest.raises(BudgetError, match=r"^calibration\[0\] budget: a budget is"):
+        RoutingConfig(calibration=[entry]).check()
     with pytest.raises(BudgetError):
         check_budget(budget)
 
@@ -105,6 +142,11 @@ def test_no_budget_is_the_default_budget_and_then_the_routers_own_threshold() ->
     assert threshold_for(calibrated((0.5, 1.0)), None) == 0.0
     assert threshold_for(calibrated((0.5, 1.0), (0.7, 0.0), default=0.6), None) == 0.5
     assert threshold_for(calibrated(default=1.0), None) == -math.inf
+
+
+@pytest.mark.parametrize("budget", [0.800000011920929, 0.79999995])
+def test_a_budget_that_went_through_float32_is_still_in_the_range(budget: float) -> None:
+    assert threshold_for(calibrated((0.8, 0.25)), budget) == 0.25
 
 
 @pytest.mark.parametrize("budget", [0.49, 0.91, 0.999])

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from laws import (
-    CACHE,
     CASES,
     CHUNKS,
     DELTA,
@@ -32,7 +31,7 @@ from laws import (
 from router_tuning import dense, record, routing_of, set_budget
 from router_tuning.errors import BudgetError, UnsupportedCallError
 from router_tuning.record import Trace
-from tiny import FAMILIES, PAD, tiny_model
+from tiny import CACHE_KEY, FAMILIES, PAD, tiny_model
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 NEW = 6
@@ -194,7 +193,7 @@ def test_an_assistant_model_changes_no_answer(case: Case, routed_assistant: bool
 
 @some_cases
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+@pytest.mark.parametrize("name", sorted({CACHE_KEY, "past_key_values"}))
 @pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
 def test_a_conversation_goes_on_with_its_old_cache(case: Case, family: str, name: str) -> None:
     model = routed_model(Case(family, case.granularity, case.kv, case.sink, case.window))
@@ -206,7 +205,7 @@ def test_a_conversation_goes_on_with_its_old_cache(case: Case, family: str, name
     mask[:, :12] = given.mask
     mask[1, -5:-3] = 0  # the second turn is padded too
     text = Batch(ids, mask)
-    continued, rest = generate(model, text, **{name: first[CACHE]})
+    continued, rest = generate(model, text, **{name: first[CACHE_KEY]})
     afresh, trace = generate(model, text)
     assert torch.equal(continued.sequences, afresh.sequences)
     assert rest.forwards[0].start == 12 + NEW - 1
@@ -338,10 +337,10 @@ def test_a_routed_cache_cannot_go_on_dense() -> None:
             torch.cat([text.ids, text.ids[:, -2:]], 1), torch.cat([text.mask, text.mask[:, -2:]], 1)
         )
         with dense(model), pytest.raises(UnsupportedCallError, match="start a new cache"):
-            run(model, longer, [2], cache=out[CACHE])
+            run(model, longer, [2], cache=out[CACHE_KEY])
         routing_of(model).enabled = False
         with pytest.raises(UnsupportedCallError, match="start a new cache"):
-            run(model, longer, [2], cache=out[CACHE])
+            run(model, longer, [2], cache=out[CACHE_KEY])
 
 
 def test_a_cache_is_refused_on_the_differentiable_path() -> None:
@@ -354,10 +353,14 @@ def test_a_cache_is_refused_on_the_differentiable_path() -> None:
 def test_a_wrong_number_of_budgets_is_refused(budget: list[float]) -> None:
     model = routed_model()
     calibrate_by_hand(model)
-    refused(model, f"got {len(budget)} budgets for 3 rows", budget=budget)
+    with pytest.raises(BudgetError, match=f"got {len(budget)} budgets for 3 rows"):
+        generate(model, prompt(), budget=budget)
 
 
-@pytest.mark.parametrize("budget", [0, 0.0, 1.2, -1, float("nan"), True, "0.5", [0.5, 2, 0.5]])
+@pytest.mark.parametrize(
+    "budget",
+    [0, 0.0, 1.2, -1, float("nan"), True, "0.5", [0.5, 2, 0.5], ["a"] * 3, {"a": 0.5}, object()],
+)
 def test_a_wrong_budget_is_refused(budget: Any) -> None:
     model, given = routed_model(), prompt()
     calibrate_by_hand(model)

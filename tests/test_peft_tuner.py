@@ -48,7 +48,7 @@ from router_tuning.peft_tuner import (
     load_adapter,
     save_adapter,
 )
-from tiny import tiny_model, token_ids
+from tiny import checkpoint_activations, tiny_model, token_ids
 
 # PEFT 0.21 asks transformers 5.24 for it whenever a PeftModel is made.
 pytestmark = pytest.mark.filterwarnings(
@@ -301,7 +301,7 @@ def test_disabled_adapter_is_the_dense_model(base_folder: Path, tmp_path: Path) 
 def test_unload_gives_back_the_very_same_model(base_folder: Path, checkpointing: bool) -> None:
     base = base_from(base_folder)
     if checkpointing:
-        base.activation_checkpointing_enable()
+        checkpoint_activations(base)
     before, dense = traces(base), logits(base)
     model = adapted(base, layers=[0, 2])
     with model.disable_adapter():
@@ -499,14 +499,36 @@ def test_truncated_weights_are_refused(
 
 
 def test_missing_files_are_named(llama_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="nothing-here"):
-        load_adapter(tmp_path / "nothing-here")
-    with pytest.raises(AdapterError, match=CONFIG):
-        load_adapter(tmp_path)
+    for place in (tmp_path / "nothing-here", str(tmp_path / "nothing-here"), "./nope", Path("a/b")):
+        for load in (load_adapter, RouterTuningConfig.from_pretrained):
+            with pytest.raises(AdapterError, match=f"the folder .*{Path(place)} does not exist"):
+                load(place)  # type: ignore[operator]
+    for load in (load_adapter, RouterTuningConfig.from_pretrained):
+        with pytest.raises(AdapterError, match=f"{tmp_path} holds no {CONFIG}.*another folder"):
+            load(tmp_path)  # type: ignore[operator]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdapterError, match="file is a file; wanted the folder"):
+        load_adapter(tmp_path / "file")
     folder, _ = saved(llama_folder, tmp_path)
     (folder / WEIGHTS).unlink()
     with pytest.raises(AdapterError, match=f"{WEIGHTS} cannot be read"):
         load_adapter(folder)
+
+
+def test_a_name_that_may_be_the_hubs_is_told_of_as_both() -> None:
+    """No hub is asked here."""
+    with pytest.raises(AdapterError, match="folder some/nope does not exist here, and no hub rep"):
+        load_adapter("some/nope")
+
+
+def test_an_adapter_one_folder_further_down_is_pointed_at(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    """PEFT saves an adapter of another name than "default" into a folder of that name."""
+    get_peft_model(base_from(llama_folder), RouterTuningConfig(), "mine").save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="there is one in its folder mine"):
+        load_adapter(tmp_path)
+    load_adapter(tmp_path / "mine")
 
 
 @pytest.mark.parametrize("text", ["", '{"peft_type": "ROUTER_TU', "[1, 2]", "\x00\x01"])
@@ -522,7 +544,10 @@ def test_half_written_config_is_refused(llama_folder: Path, tmp_path: Path, text
     [
         ({"format_version": 2, "a_new_field": 1}, "format version 2.*upgrade"),
         ({"kv": "some"}, "kv must be one of"),
-        ({"init_bias": "large"}, "no adapter can be read"),
+        ({"init_bias": "large"}, "no adapter can be read.*init_bias must be positive.*'large'"),
+        ({"format_version": "2"}, "format_version must be a whole number.*'2'"),
+        ({"layers": 3}, "layers must be a list"),
+        ({"calibration": [{"budget": 0.5}]}, r"calibration\[0\] must be a dict"),
     ],
 )
 def test_config_that_is_not_understood_is_refused(

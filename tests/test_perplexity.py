@@ -335,39 +335,23 @@ def test_whole_numbers_of_units_are_exact() -> None:
     assert math.floor((1 - 0.9) * 30) == 2  # which is why the count is rounded
 
 
-def test_learned_static_is_measured_like_any_adapter(
-    routed: PreTrainedModel, windows: Windows, selection: Windows
-) -> None:
-    options: dict[str, Any] = {"compare": True, "selection": selection}
-    assert "bias" in evaluate(routed, windows, BUDGETS, **options)["omitted"]["learned_static"]
-    static = tiny_model("llama")
-    attach(static, RoutingConfig(router="bias"))
-    unequal_routers(static)
-    calibrate_windows(static, selection, BUDGETS)
-    report = evaluate(routed, windows, BUDGETS, **options, learned_static=static)
-    assert "omitted" not in report
-    assert_rows(report["learned_static"], [row_of(static, windows, budget=b) for b in BUDGETS])
-
-
 def test_progress_of_a_report_ends_at_its_total(
     routed: PreTrainedModel, windows: Windows, selection: Windows
 ) -> None:
-    for learned in (None, routed):
-        seen: list[tuple[int, int]] = []
-        evaluate(
-            routed,
-            windows,
-            BUDGETS,
-            batch_size=4,
-            compare=True,
-            selection=selection,
-            seeds=(0, 1),
-            learned_static=learned,
-            progress=lambda *n, seen=seen: seen.append(n),
-        )
-        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-        assert len({total for _, total in seen}) == 1
-        assert seen[-1][0] == seen[-1][1]
+    seen: list[tuple[int, int]] = []
+    evaluate(
+        routed,
+        windows,
+        BUDGETS,
+        batch_size=4,
+        compare=True,
+        selection=selection,
+        seeds=(0, 1),
+        progress=lambda *n: seen.append(n),
+    )
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len({total for _, total in seen}) == 1
+    assert seen[-1][0] == seen[-1][1]
 
 
 def test_report_changes_nothing(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from laws import CHUNKS, Batch, Case, batch, routed_model, run
 from router_tuning import RoutingConfig, attach, record
 from router_tuning.errors import UnsupportedCallError
 from router_tuning.record import ForwardRecord, Trace, UnitRecord, same_decisions
-from tiny import tiny_model
+from tiny import checkpoint_activations, tiny_model
 
 
 def bools(*rows: str) -> Tensor:
@@ -104,18 +102,12 @@ def test_an_interrupted_forward_leaves_no_half_record() -> None:
     assert len(trace.forwards[0].units) == 4
 
 
-def checkpoint_activations(model: Any) -> None:
-    """The method's name since transformers 5.24, or the one before."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_the_masked_path_records_gates_with_a_gradient(checkpoint: bool) -> None:
     model, given = routed_model(), batch()
     model.train()
     if checkpoint:
-        checkpoint_activations(model)
+        checkpoint_activations(model, {"use_reentrant": False})
     with record(model) as trace:
         model(given.ids, attention_mask=given.mask).logits.sum().backward(retain_graph=True)
     assert len(trace.forwards) == 1
@@ -137,7 +129,7 @@ def test_gradients_survive_checkpointing() -> None:
     for checkpoint in (False, True):
         model.train()
         if checkpoint:
-            checkpoint_activations(model)
+            checkpoint_activations(model, {"use_reentrant": False})
         model.zero_grad()
         model(given.ids, attention_mask=given.mask).logits[given.real].square().mean().backward()
         gradients.append(

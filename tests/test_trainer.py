@@ -29,7 +29,7 @@ from router_tuning.peft_tuner import RouterTuningConfig
 from router_tuning.training.safety import last_complete_checkpoint
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 from router_tuning.units import decoder_layers, decoder_of
-from tiny import VOCAB_SIZE, tiny_model, token_ids
+from tiny import VOCAB_SIZE, checkpoint_activations, tiny_model, token_ids
 
 CHECKPOINTING = (  # its name since transformers 5.24, and before
     "activation_checkpointing"
@@ -61,12 +61,6 @@ def awake(model: nn.Module, seed: int = 0) -> nn.Module:
         if parameter.requires_grad:
             parameter.data = torch.randn_like(parameter) * (0.3 if parameter.numel() > 1 else 0.1)
     return model
-
-
-def checkpoint_activations(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:
-    """Switch activation checkpointing on, under its name in this version of transformers."""
-    new = getattr(model, "activation_checkpointing_enable", None)
-    (new or model.gradient_checkpointing_enable)(kwargs)  # type: ignore[operator, union-attr]
 
 
 class InOrder(RouterTrainer):
@@ -363,7 +357,7 @@ def test_dropout_does_not_blur_the_teacher(tmp_path: Path) -> None:
     trainer = trainer_of(model, tmp_path)
     model.train()
     ids = {"input_ids": token_ids()}
-    first, second = (trainer._teacher(ids)[0] for _ in range(2))
+    first, second = (trainer.teacher(ids)[0] for _ in range(2))
     assert torch.equal(first, second)
     assert model.training
     assert not torch.equal(

@@ -110,6 +110,12 @@ def tiny_model(
     return model.float().eval()
 
 
+def checkpoint_activations(model: Any, kwargs: dict[str, Any] | None = None) -> None:
+    """Switch activation checkpointing on; transformers 5.24 renamed the method."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)(kwargs)
+
+
 def token_ids(rows: int = 2, length: int = 12, *, seed: int = 0) -> torch.Tensor:
     """Return random token ids (rows, length), none of them a special token."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,18 +2,17 @@
 
 `attach` adds a router beside each routed unit and replaces the bound `forward` of the decoder (the
 door, where a forward's context is made), of each attention, and of the post-norms of sandwich
-families. No module is wrapped: base weight names stay, and `detach` gives back the same objects
-without a trace.
+families. A causal LM's methods that batch continuously are replaced by a refusal. No module is
+wrapped: base weight names stay, and `detach` gives back the same objects without a trace.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from numbers import Real
+from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from router_tuning.execution.context import (
     open_forward,
     options_for,
     original_forward,
+    original_method,
     routing_of,
 )
 from router_tuning.execution.projections import check_parts
@@ -45,6 +45,13 @@ from router_tuning.units import (
 )
 
 __all__ = ["ROUTER_CHILD", "attach", "detach", "install", "routing_of", "set_budget", "uninstall"]
+
+CONTINUOUS = (
+    "generate_batch",
+    "continuous_batching_context_manager",
+    "init_continuous_batching",
+)
+"""A causal LM's ways into continuous batching; not every version of transformers has them all."""
 
 
 def attach(model: nn.Module, config: RoutingConfig) -> None:
@@ -85,17 +92,20 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
         attention, post_norm = attention_of(decoder, layer), post_norm_of(decoder, layer)
         if index in routed:
             attention.__dict__["skip_unit"] = routed[index]
-            _replace_forward(attention, routed_attention)
+            _replace(attention, "forward", routed_attention)
             if post_norm is not None:
                 post_norm.__dict__["skip_unit"] = routed[index]
-                _replace_forward(post_norm, gate_post_norm)
+                _replace(post_norm, "forward", gate_post_norm)
         else:
-            _replace_forward(attention, carry_context)
-    _replace_forward(decoder, _enter_decoder)
+            _replace(attention, "forward", carry_context)
+    _replace(decoder, "forward", _enter_decoder)
     causal = unwrap(model)
     if causal is not decoder:
         causal_class: Any = type(causal)
-        _replace_forward(causal, _accept_budget(causal_class))
+        _replace(causal, "forward", _accept_budget(causal_class))
+        for name in CONTINUOUS:
+            if hasattr(causal_class, name):
+                _replace(causal, name, _unless_routed(causal_class, name))
 
 
 def _checked_units(model: nn.Module, config: RoutingConfig) -> tuple[Unit, ...]:
@@ -108,46 +118,52 @@ def _checked_units(model: nn.Module, config: RoutingConfig) -> tuple[Unit, ...]:
 
 def uninstall(model: nn.Module) -> None:
     """Take the routed forwards off; the routers stay."""
-    decoder = decoder_of(model)
+    decoder, causal = decoder_of(model), unwrap(model)
     decoder.__dict__.pop("routing", None)
-    modules = [decoder, unwrap(model)]
+    modules = [decoder, causal]
     for layer in decoder_layers(decoder):
         modules += [
             m for m in (attention_of(decoder, layer), post_norm_of(decoder, layer)) if m is not None
         ]
     for module in modules:
         module.__dict__.pop("skip_unit", None)
-        _restore_forward(module)
+        _restore(module, "forward")
+    for name in CONTINUOUS:
+        _restore(causal, name)
 
 
-def set_budget(model: nn.Module, budget: float | None) -> None:
+def set_budget(model: nn.Module, budget: float | Tensor | None) -> None:
     """Set the budget of calls that give none; None goes back to the routers' own threshold.
+
+    A tensor must hold one number.
 
     Raises:
         BudgetError: not in (0, 1], not calibrated, or outside the calibrated range.
     """
     config = routing_of(model).config
+    if isinstance(budget, Tensor) and budget.numel() == 1:
+        budget = budget.item()
     if budget is not None:
-        threshold_for(config, check_budget(budget))
+        # As a plain float, which can be saved.
+        budget = check_budget(budget)  # type: ignore[arg-type]
+        threshold_for(config, budget)
     config.default_budget = budget
 
 
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    if "dense_forward" in module.__dict__:  # installed before
-        module.__dict__["forward"] = MethodType(forward, module)
-        return
-    # An instance forward that was there before (an accelerate hook, say) is kept and called.
-    module.__dict__["dense_forward"] = module.__dict__.get("forward")
-    module.__dict__["forward"] = MethodType(forward, module)
+def _replace(module: nn.Module, name: str, method: Callable[..., Any]) -> None:
+    if f"dense_{name}" not in module.__dict__:  # else installed before
+        # An instance's own that was there before (an accelerate hook, say) is kept and called.
+        module.__dict__[f"dense_{name}"] = module.__dict__.get(name)
+    module.__dict__[name] = MethodType(method, module)
 
 
-def _restore_forward(module: nn.Module) -> None:
-    if "dense_forward" not in module.__dict__:
+def _restore(module: nn.Module, name: str) -> None:
+    if f"dense_{name}" not in module.__dict__:
         return
-    before = module.__dict__.pop("dense_forward")
-    del module.__dict__["forward"]
+    before = module.__dict__.pop(f"dense_{name}")
+    del module.__dict__[name]
     if before is not None:
-        module.__dict__["forward"] = before
+        module.__dict__[name] = before
 
 
 def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs: Any) -> Any:
@@ -224,10 +240,10 @@ def _without_cache(given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, A
 
 
 def _thresholds(config: RoutingConfig, budget: Any) -> list[float]:
-    if budget is None or isinstance(budget, (Real, str)):
-        return [threshold_for(config, cast("float | None", budget))]
-    values = budget.tolist() if isinstance(budget, Tensor) else list(budget)
-    return [threshold_for(config, b) for b in (values if isinstance(values, list) else [values])]
+    if hasattr(budget, "tolist"):  # a tensor or an array, of any shape
+        budget = budget.tolist()
+    of_rows = isinstance(budget, Iterable) and not isinstance(budget, str)
+    return [threshold_for(config, b) for b in (budget if of_rows else [budget])]
 
 
 @functools.cache
@@ -256,6 +272,26 @@ def _accept_budget(causal_class: type) -> Callable[..., Any]:
     ordered = [*named, budget, last] if last.kind is last.VAR_KEYWORD else [*named, last, budget]
     forward.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
     return forward
+
+
+@functools.cache
+def _unless_routed(causal_class: type, name: str) -> Callable[..., Any]:
+    """A way into continuous batching that is open only while the routers are off.
+
+    transformers runs its forwards in a thread that swallows the door's errors, and answers nothing.
+    """
+
+    def method(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if routing_of(causal).enabled:
+            raise UnsupportedCallError(
+                f"{name} keeps keys in pages, which routing cannot serve; use generate() with a "
+                f"left-padded batch. Without routing it works: inside `with "
+                f"model.disable_adapter():` of a PEFT model, or after routing_of(model).enabled = "
+                f"False (its thread does not see `with dense(model):`)"
+            )
+        return original_method(causal, name)(*args, **kwargs)
+
+    return functools.update_wrapper(method, getattr(causal_class, name))
 
 
 def num_router_parameters(model: nn.Module) -> int:

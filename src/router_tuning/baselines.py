@@ -8,7 +8,8 @@ Shapes: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 
 from router_tuning.data import Windows
 from router_tuning.errors import ConfigError
-from router_tuning.execution.context import ForwardContext, decided_by, dense, routing_of
+from router_tuning.execution.context import (
+    ForwardContext,
+    check_names,
+    decided_by,
+    dense,
+    routing_of,
+)
 from router_tuning.execution.partial import entering_states, run_from
 from router_tuning.units import (
     Unit,
@@ -39,16 +46,30 @@ class RandomMask:
     sequences the rate is met over one forward, its prefix included.
 
     Args:
-        rate: kept fraction, one for all units or one a unit name.
+        rate: kept fraction (0 to 1), one for all units or one for each unit name.
         seed: of the masks.
+
+    Raises:
+        ConfigError: a rate out of range; on use, a unit without a rate or a rate without a unit.
     """
 
     def __init__(self, rate: float | Mapping[str, float], seed: int = 0) -> None:
+        for value in rate.values() if isinstance(rate, Mapping) else [rate]:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+                raise ConfigError(
+                    f"a rate is a kept fraction from 0 to 1, one for all units or a dict of one "
+                    f"for each unit name; got {value!r}"
+                )
         self.rate = rate
         self.seed = seed
 
+    def check(self, units: Sequence[Unit]) -> None:
+        """Refuse units without a rate, and rates of units that are not routed."""
+        if isinstance(self.rate, Mapping):
+            check_names("rate", self.rate, units, all_of=True)
+
     def __call__(self, unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
-        rate = self.rate if isinstance(self.rate, (int, float)) else self.rate[unit.name]
+        rate = self.rate[unit.name] if isinstance(self.rate, Mapping) else self.rate
         row_B1 = torch.arange(forward.rows, device=x_BTD.device)[:, None]
         key_B1 = _mix(
             _mix(torch.full_like(row_B1, self.seed * 1_000_003 + unit.layer_idx)) ^ row_B1
@@ -82,10 +103,22 @@ class StaticDrop:
 
     Args:
         dropped: names of the units never run.
+
+    Raises:
+        ConfigError: one bare name; on use, a name of no routed unit.
     """
 
     def __init__(self, dropped: Collection[str]) -> None:
+        if isinstance(dropped, str) or not isinstance(dropped, Collection):
+            raise ConfigError(
+                f"dropped must be a list of unit names, got {dropped!r}; write "
+                f'StaticDrop(["layers.1.attn"]) for one'
+            )
         self.dropped = frozenset(dropped)
+
+    def check(self, units: Sequence[Unit]) -> None:
+        """Refuse names that are no routed units."""
+        check_names("dropped", self.dropped, units, all_of=False)
 
     def __call__(self, unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
         return torch.full(x_BTD.shape[:2], unit.name not in self.dropped, device=x_BTD.device)

@@ -4,11 +4,16 @@ Skipping in early layers moves the logits of later ones, so the threshold is a f
 take the quantile of the logits that were seen, run again. Changes only the config's `calibration`;
 knows nothing of training or saving. Budgets are kept fractions of all units of the routed kinds and
 all real tokens, the always-run prefix of sequence granularities and unrouted layers included.
+
+A threshold keeps other text at the budget as far as that text is like the held-out one: calibrate
+on text like that which will be served (its language, its subjects, questions with answers or bare
+text), and enough of it.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,6 +30,8 @@ from router_tuning.units import decoder_of
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 TOLERANCE = 0.004
 MAX_PASSES = 5
+WORTH_A_WARNING = 0.02
+"""A budget that is missed by more than this is told of."""
 
 Progress = Callable[[int, int], None]
 
@@ -42,8 +49,9 @@ def calibrate(
 
     Use text that the routers were not trained on, of the kind that will be served.
     """
+    wanted = _wanted(budgets)  # refused before the text is read
     windows = make_windows(tokenizer, list(held_out), limit=max_windows)
-    return calibrate_windows(model, windows, budgets, progress=progress)
+    return calibrate_windows(model, windows, wanted, progress=progress)
 
 
 def calibrate_windows(
@@ -59,18 +67,13 @@ def calibrate_windows(
 
     Returns the entries, sorted by budget: {"budget", "threshold", "kept_fraction",
     "kept_of_routed", "kept_per_unit"}, the kept fractions as measured on these windows at that
-    threshold.
+    threshold. A budget that is missed by more than WORTH_A_WARNING is warned of.
 
     Raises:
-        BudgetError: a budget out of (0, 1), none given, or below what always runs.
+        BudgetError: no list of budgets, none in it, one out of (0, 1), or below what always runs.
         DataError: there are no windows.
     """
-    wanted = sorted({check_budget(b) for b in budgets}, reverse=True)
-    if not wanted or wanted[0] == 1.0:
-        raise BudgetError(
-            "budgets to calibrate must lie between 0 and 1 (1 keeps all anyway), got "
-            f"{list(budgets)}"
-        )
+    wanted = _wanted(budgets)
     if not len(windows):
         raise DataError("there are no windows to calibrate on; wanted at least one")
     config = routing_of(model).config
@@ -88,7 +91,40 @@ def calibrate_windows(
         raise
     config.calibration = sorted(entries, key=lambda e: float(e["budget"]))
     config.default_budget = before[1]
+    # Routers of one number a unit keep whole units, so they can seldom come nearer than one.
+    unit = 1 / routing_of(model).num_units_of_kind if config.router == "bias" else 0.0
+    for entry in config.calibration:
+        if _miss(entry) > max(WORTH_A_WARNING, unit):
+            warnings.warn(_why_missed(entry, windows), stacklevel=2)
     return config.calibration
+
+
+def _wanted(budgets: Sequence[float]) -> list[float]:
+    """The budgets to calibrate, each once, the largest first."""
+    try:
+        given = None if isinstance(budgets, str) else list(budgets)
+    except TypeError:  # a number, say, or a tensor of one
+        given = None
+    if given is None:
+        raise BudgetError(
+            f"budgets to calibrate must be a list of numbers, got {budgets!r}; write [0.8] for one"
+        )
+    wanted = sorted({check_budget(b) for b in given}, reverse=True)
+    if not wanted or wanted[0] == 1.0:
+        raise BudgetError(
+            f"budgets to calibrate must lie between 0 and 1 (1 keeps all anyway), got {given}"
+        )
+    return wanted
+
+
+def _why_missed(entry: dict[str, Any], windows: Windows) -> str:
+    return (
+        f"budget {entry['budget']:g} was missed: the nearest threshold that was found keeps "
+        f"{entry['kept_fraction']:.3f} of the executions. Either there is too little text "
+        f"({len(windows)} windows, {windows.ids.numel()} tokens), or too many logits are alike (as "
+        f"those of fresh routers), or the decisions depend on each other so that {MAX_PASSES} "
+        f"passes did not settle. Calibrate on more text, or on other budgets"
+    )
 
 
 def _fixed_point(

@@ -26,6 +26,8 @@ GRANULARITIES = (
 AVAILABLE = ("attn_token", "attn_sequence")
 ROUTERS = ("linear", "bottleneck", "bias")
 KV_POLICIES = ("all", "kept")
+ROUNDING = 1e-6
+"""A budget that far outside the calibrated range is inside: it may come from float32."""
 
 
 @dataclass(kw_only=True)
@@ -90,6 +92,12 @@ class RoutingConfig:
         """
         _check_names(self)
         _check_numbers(self)
+        _check_layers(self.layers)
+        _check_calibration(self.calibration)
+        if self.base is not None and not isinstance(self.base, dict):
+            raise ConfigError(
+                f"base must be the base model's identity (a dict), or None; got {self.base!r}"
+            )
         if self.kv == "all" and (self.kv_sink or self.kv_window):
             raise ConfigError(
                 f'kv_sink and kv_window go with kv="kept"; with kv="all" every key is visible. '
@@ -103,6 +111,11 @@ class RoutingConfig:
 
 
 def _check_names(config: RoutingConfig) -> None:
+    if not isinstance(config.granularity, (str, list, tuple)):
+        raise ConfigError(
+            f"granularity must be a name, or a list of names, of {', '.join(GRANULARITIES)}; got "
+            f"{config.granularity!r}"
+        )
     if not config.granularities:
         raise ConfigError("granularity must name at least one of " + ", ".join(GRANULARITIES))
     for name in config.granularities:
@@ -130,20 +143,24 @@ def _check_names(config: RoutingConfig) -> None:
 
 
 def _check_numbers(config: RoutingConfig) -> None:
-    for name, low in (("kv_sink", 0), ("kv_window", 0), ("decide_after", 1), ("router_hidden", 1)):
+    for name, low in (
+        ("kv_sink", 0),
+        ("kv_window", 0),
+        ("decide_after", 1),
+        ("router_hidden", 1),
+        ("format_version", 1),
+    ):
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        if type(value) is not int or value < low:
             raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
-    if not config.init_bias > 0 or math.isinf(config.init_bias):
+    if not _is_number(config.init_bias) or not 0 < config.init_bias < math.inf:
         raise ConfigError(
             f"init_bias must be positive and finite, so that fresh routers keep everything; "
             f"got {config.init_bias!r}"
         )
-    if config.layers is not None and not config.layers:
-        raise ConfigError("layers is empty: name at least one layer index, or None for all layers")
-    check_budget(config.budget)
+    _check_budget_of("budget", config.budget)
     if config.default_budget is not None:
-        check_budget(config.default_budget)
+        _check_budget_of("default_budget", config.default_budget)
     if config.format_version > FORMAT_VERSION:
         raise ConfigError(
             f"this adapter has format version {config.format_version}, newer than the "
@@ -152,9 +169,52 @@ def _check_numbers(config: RoutingConfig) -> None:
         )
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_budget_of(name: str, budget: float) -> None:
+    try:
+        check_budget(budget)
+    except BudgetError as error:
+        raise BudgetError(f"{name}: {error}") from error
+
+
+def _check_layers(layers: list[int] | None) -> None:
+    if layers is None:
+        return
+    if not isinstance(layers, (list, tuple)) or any(type(index) is not int for index in layers):
+        raise ConfigError(
+            f"layers must be a list of whole numbers (indices of decoder layers), or None for all "
+            f"layers; got {layers!r}"
+        )
+    if not layers:
+        raise ConfigError("layers is empty: name at least one layer index, or None for all layers")
+
+
+def _check_calibration(calibration: list[dict[str, Any]]) -> None:
+    if not isinstance(calibration, (list, tuple)):
+        raise ConfigError(
+            f"calibration must be a list with one entry a budget, as calibrate() makes it (empty "
+            f"before), got {calibration!r}"
+        )
+    for number, entry in enumerate(calibration):
+        name = f"calibration[{number}]"
+        if not isinstance(entry, dict) or not {"budget", "threshold"} <= entry.keys():
+            raise ConfigError(
+                f'{name} must be a dict with at least "budget" and "threshold", got {entry!r}; '
+                f"calibrate again"
+            )
+        _check_budget_of(f"{name} budget", entry["budget"])
+        if not _is_number(entry["threshold"]) or math.isnan(entry["threshold"]):
+            raise ConfigError(
+                f"{name} threshold must be a number, got {entry['threshold']!r}; calibrate again"
+            )
+
+
 def check_budget(budget: float) -> float:
     """Return the budget as a float; BudgetError unless it is a number in (0, 1]."""
-    if isinstance(budget, bool) or not isinstance(budget, Real) or not 0.0 < budget <= 1.0:
+    if not _is_number(budget) or not 0.0 < budget <= 1.0:
         raise BudgetError(
             "a budget is the fraction of unit executions to keep, above 0 and at most 1; got "
             f"{budget!r}"
@@ -186,7 +246,7 @@ def threshold_for(config: RoutingConfig, budget: float | None) -> float:
             f"or `router-tuning calibrate`, or give no budget to use the routers' own threshold"
         )
     known = [b for b, _ in points]
-    if not known[0] - 1e-9 <= budget <= known[-1] + 1e-9:
+    if not known[0] - ROUNDING <= budget <= known[-1] + ROUNDING:
         raise BudgetError(
             f"budget {budget:g} is outside the calibrated range {known[0]:g} to {known[-1]:g} "
             f"(1.0 keeps everything); calibrate it first"

@@ -303,9 +303,8 @@ def make_windows(
     Conversations are written by the model's chat template, or where the tokenizer has none as
     `User: ...\\nAssistant: ...\\n\\n`. A plain text is taken as it is; the end-of-text token stands
     between it and what follows. Where the tokenizer begins a text with a bos token, every window
-    begins with it: such models are far off without (Gemma 3 270M by more than a nat a token). No
-    other bos is added. What is left over is dropped, unless it is all there is: then it makes one
-    shorter window.
+    begins with it: such models are far off without it. No other bos is added. What is left over is
+    dropped, unless it is all there is: then it makes one shorter window.
 
     Args:
         tokenizer: the model's own.

@@ -26,6 +26,8 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -161,12 +163,14 @@ class RouterTuningConfig(RoutingConfig, PeftConfig):
         Raises:
             AdapterError: missing, half-written, of a newer format, or beside damaged weights.
         """
-        place = os.path.join(str(pretrained_model_name_or_path), subfolder or "").rstrip(os.sep)
+        name = pretrained_model_name_or_path
+        place = os.path.join(str(name), subfolder or "").rstrip(os.sep)
+        _check_folder(place if os.path.isdir(name) else name)
         try:
             config = (
                 super().from_pretrained(place, **kwargs)
                 if os.path.isdir(place)
-                else (super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
+                else super().from_pretrained(name, subfolder, **kwargs)
             )
         except (RouterTuningError, ValueError, TypeError, KeyError) as error:
             raise AdapterError(f"no adapter can be read from {place}: {error}") from error
@@ -667,6 +671,7 @@ def _undo_loading(model: PeftModel, adapter_name: str) -> None:
 
 def _local_folder(folder: str | Path) -> str:
     """The adapter's folder on this machine; a hub repository is fetched first."""
+    _check_folder(folder)
     if os.path.isdir(folder):
         return str(folder)
     wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME]
@@ -674,9 +679,35 @@ def _local_folder(folder: str | Path) -> str:
         return snapshot_download(str(folder), allow_patterns=wanted)
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         raise AdapterError(
-            f"{folder} is no folder, and no hub repository that can be fetched: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"the folder {folder} does not exist here, and no hub repository of that name can be "
+            f"fetched: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def _check_folder(folder: str | Path) -> None:
+    """Refuse a folder that is not there or holds no adapter; names of the hub's pass."""
+    if os.path.isdir(folder):
+        if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+            inside = sorted(path.parent.name for path in Path(folder).glob(f"*/{CONFIG_NAME}"))
+            raise AdapterError(
+                f"the folder {folder} holds no {CONFIG_NAME}, so there is no adapter in it; "
+                + (f"there is one in its folder {inside[0]}" if inside else "name another folder")
+            )
+    elif os.path.exists(folder):
+        raise AdapterError(f"{folder} is a file; wanted the folder that save_adapter wrote")
+    elif isinstance(folder, Path) or not _can_be_on_the_hub(folder):
+        raise AdapterError(
+            f"the folder {folder} does not exist; wanted the folder that save_adapter wrote, or "
+            f"the name of a hub repository"
+        )
+
+
+def _can_be_on_the_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _load_base(

@@ -62,6 +62,12 @@ class BiasRouter(nn.Module):
         return self.bias.float().expand(x_BTD.shape[:-1])
 
 
+def scalar_bias(router: Router) -> nn.Parameter:
+    """The trainable number that shifts all logits of a router (of the active one of several)."""
+    biases = [p for name, p in router.named_parameters() if name.endswith("bias")]
+    return [p for p in biases if p.numel() == 1 and p.requires_grad][-1]
+
+
 def _in_fp32(score: nn.Module, x_BTD: Tensor) -> Tensor:
     # Autocast would take the fp32 product back to bf16.
     with torch.autocast(x_BTD.device.type, enabled=False):

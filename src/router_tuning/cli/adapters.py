@@ -105,12 +105,18 @@ def recipe_of(folder: str) -> Recipe | None:
         return None
 
 
-def text_held_back(folder: str, loaded: Loaded, seed: int) -> tuple[Windows, str]:
-    """Windows of an adapter's kind of text that it was not tuned on, and their name."""
+def recipe_or_default(folder: str, seed: int) -> Recipe:
+    """The text an adapter was tuned on, or where that is not known answers to shipped prompts."""
     recipe = recipe_of(folder)
     if recipe is None:
         recipe = Recipe(None, 256, 1, SELECTION_WINDOWS, prompts=300, answer_tokens=128, seed=seed)
         warn(f"no {RECORD} beside the adapter, so fresh answers to shipped prompts are taken")
+    return recipe
+
+
+def text_held_back(folder: str, loaded: Loaded, seed: int) -> tuple[Windows, str]:
+    """Windows of an adapter's kind of text that it was not tuned on, and their name."""
+    recipe = recipe_or_default(folder, seed)
     answers = Path(folder) / WORK / ANSWERS
     windows = held_back(recipe, loaded.model, loaded.tokenizer, answers=answers)
     return windows, f"held back of {recipe.name}"

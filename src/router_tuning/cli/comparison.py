@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from router_tuning.baselines import RandomMask, StaticDrop, cosine_order
 from router_tuning.cli.adapters import Loaded
 from router_tuning.cli.console import Bar, bar
-from router_tuning.cli.material import Material, prepare
+from router_tuning.cli.material import Material, Recipe, prepare
 from router_tuning.cli.tuning import Settings
 from router_tuning.cost import flops_fraction
 from router_tuning.data import Windows
@@ -30,17 +31,24 @@ class DemoText:
     material: Material
     """Its `held_out` is for calibration and for choosing what is dropped."""
     measured: Windows
-    names: dict[str, str]
+    recipe: Recipe
+    """Of the material: what was measured is no part of it."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """For the record."""
+        name = self.recipe.name
+        return {"tuned": name, "measured": f"other answers of {name}"}
 
 
-def demo_text(settings: Settings, base: Loaded) -> DemoText:
+def demo_text(settings: Settings, base: Loaded, answers: Path) -> DemoText:
     """Answers of the frozen model, most for training, the others in two parts."""
     calibration = max(CALIBRATION_TOKENS // settings.length, 1)
     measured = max(EVALUATION_TOKENS // settings.length, 1)
     recipe = replace(
         settings.recipe(), held_out=calibration + measured, held_out_share=HELD_OUT_SHARE
     )
-    material = prepare(recipe, base.model, base.tokenizer)
+    material = prepare(recipe, base.model, base.tokenizer, answers=answers)
     held = material.held_out
     if len(held) < 2:
         raise DataError(
@@ -52,7 +60,7 @@ def demo_text(settings: Settings, base: Loaded) -> DemoText:
     return DemoText(
         Material(material.train, held.take(range(first))),
         held.take(range(first, len(held))),
-        {"tuned": recipe.name, "measured": f"held back of {recipe.name}"},
+        replace(recipe, held_out=first),
     )
 
 

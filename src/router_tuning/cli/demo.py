@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,20 +115,22 @@ def _run(
 ) -> dict[str, Any]:
     """All the steps; returns the result."""
     from router_tuning.cli import tuning
-    from router_tuning.cli.adapters import load_base
+    from router_tuning.cli.adapters import ANSWERS, RECORD, WORK, load_base
     from router_tuning.cli.comparison import compare, demo_text
     from router_tuning.peft_tuner import save_adapter
     from router_tuning.report.figures import loss_figure
 
     base = load_base(settings.model, "auto", device)
     settings = replace(settings, layers=_all_but_the_first(base.model))
-    text = demo_text(settings, base)
+    check_writable_folder(out / WORK)
+    text = demo_text(settings, base, out / WORK / ANSWERS)
     model = tuning.attach_routers(base.model, settings)
     tuning.train(model, settings, text.material, out, evaluate=False)
     tuning.calibrate_what_can_be_met(model, text.material.held_out, budgets)
     tuning.choose_default(model, settings.budget)
     save_adapter(model, out)
-    tuning.remove_tuning(out)  # nothing to resume: the adapter is there
+    record = {"format": 1, "finished": True, "settings": asdict(settings)}
+    write_json(out / RECORD, {**record, "recipe": asdict(text.recipe)})
     calibrated = tuning.calibrated_budgets(model)
     result = compare(model, text, calibrated, settings.seed)
     loss_figure(
@@ -174,11 +176,13 @@ def _answers(
 
 def _prepare_folder(out: Path, overwrite: bool) -> None:
     """Make the folder ready; one that holds something else than a demo is refused."""
+    from router_tuning.cli.adapters import RECORD, WORK
     from router_tuning.cli.tuning import remove_tuning
 
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; wanted a folder")
-    own = (out / RESULT).is_file() or (out / "checkpoints").is_dir()
+    # An interrupted demo has no record yet; `tune` begins with one.
+    own = (out / RESULT).is_file() or ((out / WORK).is_dir() and not (out / RECORD).is_file())
     if out.is_dir() and any(out.iterdir()) and not own and not overwrite:
         raise ConfigError(
             f"--out {out} is not empty and holds no demo; give another folder, or --overwrite "

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from router_tuning.cli.console import bar, show, stdout, warn
+from router_tuning.cli.console import show, stdout, warn
 from router_tuning.cli.options import (
     Adapter,
     BaseModel,
@@ -42,7 +42,9 @@ def evaluate(
     compare: Annotated[
         bool,
         typer.Option(
-            "--compare", help="Also random masks and static dropping (minutes to hours on a CPU)."
+            "--compare",
+            help="Also random masks, and static dropping: chosen by cosine similarity, greedily by "
+            "loss, and learned. Takes many times as long.",
         ),
     ] = False,
     limit: Annotated[
@@ -62,9 +64,18 @@ def evaluate(
         typer.Option(
             "--learned-static",
             metavar="DIR",
-            help="With --compare: an adapter tuned with --router bias.",
+            help="With --compare: an adapter tuned with --router bias. Default: one is tuned now, "
+            "on the adapter's own text.",
         ),
     ] = None,
+    static_steps: Annotated[
+        int,
+        typer.Option(
+            "--static-steps",
+            min=0,
+            help="With --compare: steps of that tuning, at most; 0 leaves the control out.",
+        ),
+    ] = 40,
     masks: Annotated[
         int, typer.Option("--masks", min=1, help="With --compare: random masks to average over.")
     ] = 1,
@@ -87,8 +98,8 @@ def evaluate(
     if not compare and (selection_data or learned_static):
         raise ConfigError("--selection-data and --learned-static go with --compare")
     from router_tuning.cli.adapters import load_routed
+    from router_tuning.cli.controls import Controls, measure
     from router_tuning.data import load_examples, make_windows
-    from router_tuning.evaluation.perplexity import evaluate as measure
 
     examples = load_examples(data)
     loaded = load_routed(adapter, model, dtype, device)
@@ -96,29 +107,16 @@ def evaluate(
     windows = make_windows(loaded.tokenizer, examples, length=length, limit=limit)
     names = {"measured": data}
     _note_if_tuned_on(adapter, data)
-    options: dict[str, Any] = {}
+    controls = None
     if compare:
-        options["selection"], names["selection"] = _selection(
-            selection_data, adapter, loaded, length, seed
-        )
-        if learned_static is not None:
-            options["learned_static"] = _static_adapter(
-                learned_static, model, dtype, device, wanted
-            )
-            names["learned_static"] = learned_static
-        options["seeds"] = tuple(range(seed, seed + masks))
-    with bar(f"Evaluating {windows.num_tokens} tokens") as progress:
-        result = measure(
-            loaded.model,
-            windows,
-            wanted,
-            batch_size=batch_size,
-            compare=compare,
-            progress=progress,
-            **options,
-        )
+        controls = Controls(selection_data, learned_static, static_steps, range(seed, seed + masks))
+    result, more = measure(loaded, adapter, windows, wanted, batch_size, controls)
     result["run"] = run_record(
-        ctx, started=started, model=loaded.model, seeds=list(options.get("seeds", [])), data=names
+        ctx,
+        started=started,
+        model=loaded.model,  # its device and dtype
+        seeds=list(controls.seeds) if controls else [],
+        data={**names, **more},
     )
     if json_file is not None:
         write_json(json_file, result)
@@ -126,8 +124,6 @@ def evaluate(
 
     stdout().print(evaluation_table(result))
     show(f"{data}: {windows.num_tokens} tokens in {len(windows)} windows; losses are nats a token.")
-    for control, reason in result.get("omitted", {}).items():
-        show(f"{control}: left out, {reason}")
 
 
 def _check_budgets(model: Any, budgets: tuple[float, ...]) -> None:
@@ -137,36 +133,6 @@ def _check_budgets(model: Any, budgets: tuple[float, ...]) -> None:
 
     for budget in budgets:
         threshold_for(routing_of(model).config, budget)
-
-
-def _selection(
-    source: str | None, adapter: str, loaded: Any, length: int, seed: int
-) -> tuple[Any, str]:
-    from router_tuning.cli.adapters import SELECTION_WINDOWS, text_held_back
-    from router_tuning.data import load_examples, make_windows
-
-    if source is None:
-        return text_held_back(adapter, loaded, seed)
-    examples = load_examples(source)
-    windows = make_windows(loaded.tokenizer, examples, length=length, limit=SELECTION_WINDOWS)
-    return windows, source
-
-
-def _static_adapter(
-    folder: str, base: str | None, dtype: str, device: str, budgets: tuple[float, ...]
-) -> Any:
-    from router_tuning.cli.adapters import load_routed
-    from router_tuning.execution.context import routing_of
-
-    model = load_routed(folder, base, dtype, device).model
-    router = routing_of(model).config.router
-    if router != "bias":
-        raise ConfigError(
-            f"--learned-static {folder} has {router} routers; wanted an adapter tuned with "
-            f"--router bias"
-        )
-    _check_budgets(model, budgets)
-    return model
 
 
 def _note_if_tuned_on(adapter: str, data: str) -> None:

@@ -26,10 +26,12 @@ from router_tuning.execution.context import dense, record, routing_of
 from router_tuning.peft_tuner import RouterTuningConfig
 from router_tuning.training.safety import last_complete_checkpoint
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
+from router_tuning.training.warm_start import warm_start
 from router_tuning.units import decoder_of
 
 OBJECTIVE_WINDOWS = 8
 """Held-out windows of an evaluation during training: enough for a trend."""
+WARM_START_WINDOWS = 2
 EVALUATIONS = 4
 """How often a training looks at held-out text."""
 
@@ -123,6 +125,10 @@ def train(
         KeyboardInterrupt: Ctrl-C; what was reached is saved.
     """
     checkpoint = last_complete_checkpoint(str(out / WORK))
+    if checkpoint is None:
+        rows = material.train.take(range(min(WARM_START_WINDOWS, len(material.train))))
+        with bar("Running without each layer in turn") as progress:
+            warm_start(model, {"input_ids": rows.ids}, progress)
     arguments = _arguments(model, settings, out, evaluate, save_every)
     with bar(f"Training {num_router_parameters(model)} router parameters") as progress:
         trainer = RouterTrainer(
@@ -151,6 +157,7 @@ def _arguments(
     device = next(model.parameters()).device
     return RouterTrainingArguments(
         output_dir=str(out / WORK),
+        warm_start=0,  # done, where people see how far it is
         objective=settings.objective,
         budget=settings.budget,
         max_steps=settings.steps,
@@ -228,12 +235,16 @@ def always_run(model: Any, windows: Windows) -> float:
 
 def choose_default(model: Any, budget: float | None) -> None:
     """Make a budget that of calls which name none; no default where it is not calibrated."""
-    config = routing_of(model).config
+    set_budget(model, budget if is_calibrated(model, budget) else None)
+
+
+def is_calibrated(model: Any, budget: float | None) -> bool:
+    """Whether a call may name this budget."""
     try:
-        threshold_for(config, budget)
+        threshold_for(routing_of(model).config, budget)
     except BudgetError:
-        budget = None
-    set_budget(model, budget)
+        return False
+    return True
 
 
 def budget_rows(model: Any, windows: Windows, batch_size: int = 8) -> list[dict[str, Any]]:

@@ -147,7 +147,6 @@ def evaluate(
     batch_size: int = 8,
     compare: bool = False,
     selection: Windows | None = None,
-    learned_static: nn.Module | None = None,
     seeds: Sequence[int] = (0,),
     greedy_windows: int = 8,
     progress: Progress | None = None,
@@ -157,7 +156,8 @@ def evaluate(
     The controls: `random` keeps tokens at the rate that the routers had in each unit, and
     `random_uniform` at their mean rate in every unit (both are means over `seeds`); `static_cosine`
     and `static_greedy` drop whole units, interpolated between whole numbers of units to exactly the
-    budget; `learned_static` is another adapter, whose routers are biases.
+    budget. Learned static dropping is an adapter of its own, with router="bias": its rows are the
+    "routed" ones of its own evaluation.
 
     Args:
         model: routed, with these budgets calibrated.
@@ -166,31 +166,28 @@ def evaluate(
         batch_size: windows of one forward.
         compare: whether to measure the controls.
         selection: other windows, on which static dropping is chosen. Needed with `compare`.
-        learned_static: a calibrated model with router="bias". None leaves its list out.
         seeds: of the random masks.
         greedy_windows: how many selection windows the greedy choice runs on; it is slow.
         progress: called with windows done, and windows in all.
 
     Returns:
         `{"dense": {"loss", "answer_loss", "tokens"}, "routed": [{"budget", *MEASURES}, ...]}`; with
-        `compare` also lists of the same form under the controls' names, and under "omitted" what
-        was left out and why. Rows of random masks add "seeds" and "loss_per_seed"; rows of static
-        dropping add "units": the dropped units, one list for each of the one or two whole numbers
-        of units that the row interpolates.
+        `compare` also lists of the same form under the controls' names. Rows of random masks add
+        "seeds" and "loss_per_seed"; rows of static dropping add "units": the dropped units, one
+        list for each of the one or two whole numbers of units that the row interpolates.
 
     Raises:
         BudgetError: a budget that is out of range or not calibrated.
         ConfigError: `compare` without selection windows, or without seeds.
     """
     budgets = [check_budget(b) for b in dict.fromkeys(budgets)]
-    for routed in (model,) if learned_static is None else (model, learned_static):
-        for budget in budgets:  # before hours of work, not after
-            threshold_for(routing_of(routed).config, budget)
+    for budget in budgets:  # before hours of work, not after
+        threshold_for(routing_of(model).config, budget)
     run = _Runs(windows, batch_size, progress)
     run.total = (1 + len(budgets)) * len(windows)
     if compare:
         _check_controls(windows, selection, seeds)
-        run.total += _control_passes(model, budgets, seeds, learned_static) * len(windows)
+        run.total += _control_passes(model, budgets, seeds) * len(windows)
 
     with dense(model):
         base = run.loss(model)
@@ -208,10 +205,6 @@ def evaluate(
         uniform = [row["kept_of_routed"] for row in rows]
         result["random_uniform"] = _random_rows(run, model, rows, uniform, seeds)
         result |= _static_controls(run, model, budgets, selection, greedy_windows)
-        if learned_static is None:
-            result["omitted"] = {"learned_static": 'no adapter with router="bias" was given'}
-        else:
-            result["learned_static"] = [run.row(learned_static, b)[0] for b in budgets]
     return result
 
 
@@ -230,16 +223,11 @@ def _check_controls(windows: Windows, selection: Windows | None, seeds: Sequence
         raise ConfigError("compare needs at least one seed for its random masks, got none")
 
 
-def _control_passes(
-    model: nn.Module,
-    budgets: Sequence[float],
-    seeds: Sequence[int],
-    learned_static: nn.Module | None,
-) -> int:
+def _control_passes(model: nn.Module, budgets: Sequence[float], seeds: Sequence[int]) -> int:
     """How often the controls run over the windows; choosing what to drop is not counted."""
     random = 2 * len(seeds) * len(budgets)
     static = 2 * len(set().union(*_static_counts(model, budgets).values()))
-    return random + static + (0 if learned_static is None else len(budgets))
+    return random + static
 
 
 class _Runs:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from router_tuning.config import RoutingConfig
-from router_tuning.errors import ConfigError, UnsupportedCallError
+from router_tuning.errors import BudgetError, ConfigError, UnsupportedCallError
 from router_tuning.record import ForwardRecord, Trace, UnitRecord
 from router_tuning.units import Unit, decoder_layers, decoder_of, kind_of, post_norm_of
 
@@ -122,11 +122,16 @@ _options: contextvars.ContextVar[Mapping[int, CallOptions]] = contextvars.Contex
 )
 
 
+def original_method(module: nn.Module, name: str) -> Callable[..., Any]:
+    """A method that a module had before routing was installed."""
+    before = module.__dict__.get(f"dense_{name}")
+    method: Callable[..., Any] = getattr(type(module), name).__get__(module)
+    return method if before is None else before
+
+
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward that a module had before routing was installed."""
-    before = module.__dict__.get("dense_forward")
-    forward: Callable[..., Any] = type(module).forward.__get__(module) if before is None else before
-    return forward
+    return original_method(module, "forward")
 
 
 def options_for(decoder: nn.Module) -> CallOptions:
@@ -150,6 +155,12 @@ def routing_of(model: nn.Module) -> Routing:
         )
     assert isinstance(routing, Routing)
     return routing
+
+
+def routers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The router beside each routed unit, by the unit's name, in the order of the units."""
+    layers = decoder_layers(decoder_of(model))
+    return {u.name: getattr(layers[u.layer_idx], ROUTER_CHILD) for u in routing_of(model).units}
 
 
 @contextmanager
@@ -180,17 +191,67 @@ def record(model: nn.Module) -> Iterator[Trace]:
 
 @contextmanager
 def decided_by(model: nn.Module, decider: Decider) -> Iterator[None]:
-    """Let something else than the routers decide inside the block."""
-    routing_of(model)
-    with _with_options(model, decider=decider):
+    """Let something else than the routers decide inside the block.
+
+    A decider may have a method `check(units)`, which is called first and raises if it does not go
+    with the model's units.
+
+    Raises:
+        ConfigError: the decider does not go with the model, or (from the forward) gives no bool.
+    """
+    check = getattr(decider, "check", None)
+    units = routing_of(model).units
+    if check is not None:
+        check(units)
+
+    def checked(unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
+        keep_BT = decider(unit, x_BTD, forward)
+        _check_bool(f"the decision for {unit.name}", keep_BT, tuple(x_BTD.shape[:2]))
+        return keep_BT
+
+    with _with_options(model, decider=checked):
         yield
+
+
+def check_names(what: str, given: Collection[str], units: Sequence[Unit], *, all_of: bool) -> None:
+    """Refuse names that are no routed units and, where all of them are wanted, a lack of any."""
+    names = [unit.name for unit in units]
+    unknown = [name for name in given if name not in names]
+    missing = [name for name in names if name not in given] if all_of else []
+    if unknown or missing:
+        wrong = f"names {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+        raise ConfigError(
+            f"{what} {wrong}; wanted {'each' if all_of else 'some'} of the routed units "
+            f"{', '.join(names)}"
+        )
+
+
+def _check_bool(what: str, keep: object, shape: tuple[int, ...] | None) -> None:
+    """Refuse what is no bool tensor of a shape; None for any of (rows, columns)."""
+    if (
+        isinstance(keep, Tensor)
+        and keep.dtype == torch.bool
+        and (keep.ndim == 2 if shape is None else keep.shape == shape)
+    ):
+        return
+    came = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+    raise ConfigError(
+        f"{what} must be a torch.bool tensor of shape {shape or '(rows, columns)'}, True where "
+        f"the unit runs; got {came}"
+    )
 
 
 @contextmanager
 def replay(model: nn.Module, decisions: Mapping[str, Tensor]) -> Iterator[None]:
     """Give recorded decisions (unit name -> bool (B, C), see Trace.decisions) instead of the
     routers'.
+
+    Raises:
+        ConfigError: units without decisions, decisions for units that are not routed, or no bools.
     """
+    check_names("decisions", decisions, routing_of(model).units, all_of=True)
+    for name, keep in decisions.items():
+        _check_bool(f"decisions[{name!r}]", keep, None)
 
     def decider(unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
         end = forward.start + x_BTD.shape[1]
@@ -314,7 +375,7 @@ def _positions(
 
 def _threshold_column(thresholds: list[float], batch: int, device: torch.device) -> Tensor:
     if not thresholds or batch % len(thresholds):
-        raise UnsupportedCallError(
+        raise BudgetError(
             f"budget must be one number or one a row: got {len(thresholds)} budgets for {batch} "
             "rows"
         )

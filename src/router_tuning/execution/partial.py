@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from router_tuning.units import decoder_layers
 
 
-def entering_states(decoder: nn.Module, ids_BT: Tensor) -> list[Tensor]:
+def entering_states(
+    decoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None = None
+) -> list[Tensor]:
     """The states (B, T, D) that enter each decoder layer in one forward over token ids (B, T)."""
     states: list[Tensor] = []
 
@@ -26,7 +28,7 @@ def entering_states(decoder: nn.Module, ids_BT: Tensor) -> list[Tensor]:
 
     hooks = [layer.register_forward_pre_hook(keep) for layer in decoder_layers(decoder)]
     try:
-        decoder(input_ids=ids_BT, use_cache=False)
+        decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -52,6 +52,13 @@ class RouterTrainingArguments(TrainingArguments):
             "help": "The target goes from 1 to the budget over this part of the steps, in [0, 1]."
         },
     )
+    warm_start: int = field(
+        default=2,
+        metadata={
+            "help": "Fresh routers begin with what the model loses without each unit alone, as "
+            "measured on so many training rows; 0 begins with all units alike."
+        },
+    )
     distill_positions: float = field(
         default=1.0,
         metadata={
@@ -118,6 +125,7 @@ class RouterTrainingArguments(TrainingArguments):
             ("budget_weight", self.budget_weight >= 0, "at least 0"),
             ("budget_momentum", 0 <= self.budget_momentum < 1, "in [0, 1)"),
             ("anneal_fraction", 0 <= self.anneal_fraction <= 1, "in [0, 1]"),
+            ("warm_start", self.warm_start >= 0, "at least 0"),
             ("distill_positions", 0 < self.distill_positions <= 1, "in (0, 1]"),
             ("bias_learning_rate", self.bias_learning_rate > 0, "above 0"),
             ("cooldown_fraction", 0 <= self.cooldown_fraction <= 1, "in [0, 1]"),

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, N chosen positions, D hidden.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -25,10 +26,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import logging
 
 from router_tuning.config import check_budget
 from router_tuning.errors import ConfigError, TrainingError
-from router_tuning.execution.context import ROUTER_CHILD, dense, record, routing_of
+from router_tuning.execution.context import dense, record, routers_of, routing_of
+from router_tuning.routers import scalar_bias
 from router_tuning.training.arguments import REENTRANT, RouterTrainingArguments
 from router_tuning.training.budget import (
     Kept,
@@ -46,6 +49,7 @@ from router_tuning.training.safety import (
     stop_on_interrupt,
 )
 from router_tuning.training.shared_prefix import Prefix, capture_prefix, reuse_prefix
+from router_tuning.training.warm_start import is_fresh, warm_start
 from router_tuning.units import decoder_layers, decoder_of
 
 if TYPE_CHECKING:
@@ -230,17 +234,17 @@ class RouterTrainerMixin(_Trainer):
         """The optimizer of the arguments, with the biases' own learning rate."""
         if self.optimizer is None:
             model = self.routed if model is None else model
-            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            biases = {p for name, p in trained if name.endswith("bias") and p.numel() == 1}
+            trained = [p for p in model.parameters() if p.requires_grad]
+            biases = {scalar_bias(router) for router in routers_of(self.routed).values()}
             args = self.args
             groups = [
                 {
-                    "params": [p for _, p in trained if p not in biases],
+                    "params": [p for p in trained if p not in biases],
                     "lr": args.learning_rate,
                     "weight_decay": args.weight_decay,
                 },
                 {
-                    "params": [p for _, p in trained if p in biases],
+                    "params": [p for p in trained if p in biases],
                     "lr": args.bias_learning_rate,
                     "weight_decay": 0.0,
                 },
@@ -323,6 +327,8 @@ class RouterTrainerMixin(_Trainer):
         # Moved routers have no calibrated thresholds; training decides at the routers' own.
         config.calibration, config.default_budget = [], None
         try:
+            if checkpoint is None and self.args.warm_start and is_fresh(self.routed):
+                self._warm_start(self.args.warm_start)
             with stop_on_interrupt(self._stop):
                 output = super().train(checkpoint, *args, **kwargs)
                 self.stop_if_asked()
@@ -332,6 +338,16 @@ class RouterTrainerMixin(_Trainer):
         finally:
             if self._use_cache is not None:  # the Trainer switches it off
                 self.routed.config.use_cache = self._use_cache  # type: ignore[union-attr]
+
+    def _warm_start(self, number: int) -> None:
+        """Let the first rows tell the units apart; no random number is drawn."""
+        rows = list(itertools.islice(iter(self.train_dataset), number))  # type: ignore[arg-type]
+        batch = self.data_collator(rows)
+        with (
+            self.compute_loss_context_manager(),
+            logging.tqdm(desc="Warm start", leave=False, disable=self.args.disable_tqdm) as shown,
+        ):
+            warm_start(self.routed, batch, lambda done, total: _advance(shown, done, total))
 
     def stop_if_asked(self) -> None:
         """Turn a Ctrl-C that was pressed during the last step into the exception."""
@@ -471,6 +487,11 @@ class _StepWatch(TrainerCallback):
         trainer._good = replace(trainer._running)
 
 
+def _advance(shown: Any, done: int, total: int) -> None:
+    shown.total = total
+    shown.update(done - shown.n)
+
+
 def _finite_gradients(model: nn.Module) -> bool:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients:
@@ -505,9 +526,7 @@ def _check_model(model: nn.Module, args: RouterTrainingArguments) -> None:
             "a checkpoint of a model with attached routers would hold the whole base model; use "
             'get_peft_model(model, RouterTuningConfig(...)), or save_strategy="no"'
         )
-    layers = decoder_layers(decoder_of(model))
-    children = [getattr(layers[unit.layer_idx], ROUTER_CHILD) for unit in routing_of(model).units]
-    routers = {p for child in children for p in child.parameters()}
+    routers = {p for router in routers_of(model).values() for p in router.parameters()}
     trained = {p for p in model.parameters() if p.requires_grad}
     if not trained:
         raise ConfigError("no parameter trains; load the adapter with is_trainable=True")

@@ -1,0 +1,167 @@
+"""What `eval` measures: dense, routed, and with `--compare` every control. Imports torch.
+
+Learned static dropping (routers of one number each, which see nothing of the text) is an adapter of
+its own: it is loaded, or tuned here on the text of the adapter that is measured. It takes the place
+of that adapter on the same base model, so no second model is held.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from router_tuning.cli import tuning
+from router_tuning.cli.adapters import (
+    ANSWERS,
+    RECORD,
+    SELECTION_WINDOWS,
+    WORK,
+    Loaded,
+    recipe_or_default,
+    text_held_back,
+)
+from router_tuning.cli.console import bar
+from router_tuning.cli.material import Material, prepare
+from router_tuning.cli.tuning import Settings
+from router_tuning.config import threshold_for
+from router_tuning.data import Windows, load_examples, make_windows
+from router_tuning.errors import ConfigError
+from router_tuning.evaluation.perplexity import evaluate
+from router_tuning.peft_tuner import RouterTuningConfig, load_adapter
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What `--compare` was told."""
+
+    selection_data: str | None
+    """Text on which static dropping is chosen; None: what the adapter's tuning held back."""
+    learned_static: str | None
+    """A folder with static routers; None: they are tuned."""
+    static_steps: int
+    """Of that tuning, at most; 0 leaves it out."""
+    seeds: Sequence[int]
+    """Of the random masks."""
+
+
+@dataclass(frozen=True)
+class StaticTuning:
+    """How to tune static routers, and on what text."""
+
+    settings: Settings
+    material: Material
+    name: str
+    """For people and records."""
+
+
+def measure(
+    loaded: Loaded,
+    adapter: str,
+    windows: Windows,
+    budgets: Sequence[float],
+    batch_size: int,
+    controls: Controls | None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The JSON of `eval`, and the names of the text that the controls took. Uses up the adapter: at
+    the end the base model holds the static routers, where there are any.
+    """
+    if controls is None:
+        with bar(f"Evaluating {windows.num_tokens} tokens") as progress:
+            result = evaluate(
+                loaded.model, windows, budgets, batch_size=batch_size, progress=progress
+            )
+        return result, {}
+    static = None
+    if controls.learned_static is not None:
+        _check_static(controls.learned_static, budgets)
+    elif controls.static_steps:
+        static = _plan(adapter, loaded, controls)
+    selection, chosen_on = _selection(controls, adapter, loaded, windows.ids.shape[1], static)
+    with bar(f"Evaluating {windows.num_tokens} tokens, with controls") as progress:
+        result = evaluate(
+            loaded.model,
+            windows,
+            budgets,
+            batch_size=batch_size,
+            compare=True,
+            selection=selection,
+            seeds=controls.seeds,
+            progress=progress,
+        )
+    names = {"selection": chosen_on}
+    base = loaded.model.unload()
+    if static is not None:
+        routed, names["learned_static"] = _tune(base, static, budgets), static.name
+    elif controls.learned_static is not None:
+        names["learned_static"] = controls.learned_static
+        routed = load_adapter(controls.learned_static, base).eval()
+    else:
+        return result, names
+    met = [b for b in budgets if tuning.is_calibrated(routed, b)]
+    with bar("Evaluating learned static dropping") as progress:
+        rows = evaluate(routed, windows, met, batch_size=batch_size, progress=progress)["routed"]
+    return {**result, "learned_static": rows}, names
+
+
+def _selection(
+    controls: Controls, adapter: str, loaded: Loaded, length: int, static: StaticTuning | None
+) -> tuple[Windows, str]:
+    if controls.selection_data is not None:
+        examples = load_examples(controls.selection_data)
+        windows = make_windows(loaded.tokenizer, examples, length=length, limit=SELECTION_WINDOWS)
+        return windows, controls.selection_data
+    if static is not None:  # the same text, read or sampled already
+        return static.material.held_out, f"held back of {static.name}"
+    return text_held_back(adapter, loaded, seed=controls.seeds[0])
+
+
+def _check_static(folder: str, budgets: Sequence[float]) -> None:
+    """ConfigError or BudgetError unless the folder can serve as the control at these budgets."""
+    config = RouterTuningConfig.from_pretrained(folder)
+    if config.router != "bias":
+        raise ConfigError(
+            f"--learned-static {folder} has {config.router} routers; wanted an adapter tuned with "
+            f"--router bias"
+        )
+    for budget in budgets:
+        threshold_for(config, budget)
+
+
+def _plan(folder: str, loaded: Loaded, controls: Controls) -> StaticTuning:
+    """The adapter's own tuning with static routers, for fewer steps, and its text."""
+    settings = replace(_settings(folder, loaded.name), router="bias")
+    settings = replace(settings, steps=min(controls.static_steps, settings.steps))
+    recipe = recipe_or_default(folder, seed=controls.seeds[0])
+    recipe = replace(recipe, windows=settings.recipe().windows)
+    kept = Path(folder) / WORK / ANSWERS
+    material = prepare(
+        recipe, loaded.model, loaded.tokenizer, answers=kept if kept.is_file() else None
+    )
+    return StaticTuning(settings, material, recipe.name)
+
+
+def _tune(base: Any, static: StaticTuning, budgets: Sequence[float]) -> Any:
+    """Static routers on a base model, tuned and calibrated."""
+    model = tuning.attach_routers(base, static.settings)
+    with tempfile.TemporaryDirectory() as folder:
+        tuning.train(model, static.settings, static.material, Path(folder), evaluate=False)
+    held_out, batch_size = static.material.held_out, static.settings.batch_size
+    tuning.calibrate_what_can_be_met(model, held_out, budgets, batch_size)
+    return model
+
+
+def _settings(folder: str, model: str) -> Settings:
+    """How an adapter was tuned, from the record beside it; without one, from its config."""
+    names = {field.name for field in fields(Settings)}
+    record = Path(folder) / RECORD
+    if record.is_file():
+        found = json.loads(record.read_text(encoding="utf-8")).get("settings", {})
+    else:
+        config = RouterTuningConfig.from_pretrained(folder)
+        layers = None if config.layers is None else ",".join(map(str, config.layers))
+        found = {**vars(config), "layers": layers}
+    return Settings(**{k: v for k, v in found.items() if k in names} | {"model": model})
