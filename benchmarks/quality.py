@@ -17,20 +17,22 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from router_tuning import RouterTuningConfig, calibrate_windows
+from router_tuning import RouterTuningConfig, save_adapter
 from router_tuning.baselines import StaticDrop, cosine_order, greedy_order
 from router_tuning.cli.records import device_name, peak_rss_mb, versions, write_json
 from router_tuning.data import WindowDataset, Windows, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
 from router_tuning.evaluation.perplexity import window_loss
-from router_tuning.execution.context import decided_by, record
+from router_tuning.execution.context import decided_by, record, routing_of
 from router_tuning.training.shared_prefix import Prefix
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 from router_tuning.units import decoder_of
@@ -42,40 +44,45 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sequence": {"granularity": "attn_sequence", "kv": "all"},
     "learned_static": {"granularity": "attn_token", "kv": "all", "router": "bias"},
 }
+SWEEP = [0.93, 0.88, 0.82, 0.76, 0.7, 0.63]
+COLD = "_cold"
+"""End of a setting's name: the same without a warm start."""
 
 
 def main() -> None:
     options = _options()
     path = Path(options.json)
+    if not options.resume:
+        path.unlink(missing_ok=True)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     model = load_model(options.model)
     model.requires_grad_(False)
-    tokenizer = load_tokenizer(options.model)
-    material = _material(options, tokenizer)
-    document = json.loads(path.read_text()) if options.resume and path.exists() else {"runs": []}
+    material = _material(options, load_tokenizer(options.model))
     material["teacher"] = _teach(model, material["train"], options.teacher)
-    document["run"] = _about(options, model, document.get("run"))
-    started = time.time()
-
-    def save() -> None:
-        document["run"]["seconds"] = round(time.time() - started, 1)
-        document["run"]["peak_rss_mb"] = peak_rss_mb()
-        write_json(path, document)
-
+    document = _update(path, lambda document: _describe(document, options, model))
     if "dense" not in document:
         with torch.no_grad():
-            document["dense"] = {name: _loss(model, w) for name, w in material["report"].items()}
-        save()
-        _say("dense", document["dense"])
+            dense = {name: _loss(model, windows) for name, windows in material["report"].items()}
+        _say("dense", dense)
+        _update(path, lambda document: document.update(dense=dense))
     done = {(run["setting"], run["seed"]) for run in document["runs"]}
     for seed in options.seeds:
         for setting in options.settings:
             if (setting, seed) not in done:
-                document["runs"].append(_run(options, model, material, setting, seed))
-                save()
+                run = _run(options, model, material, setting, seed)
+                _update(path, lambda document, run=run: document["runs"].append(run))
     if options.static and "static" not in document:
-        document["static"] = _static(options, model, material)
-        save()
+        static = _static(options, model, material)
+        _update(path, lambda document: document.update(static=static))
+
+
+def _update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Change the result file; other processes may be adding to it too."""
+    with FileLock(f"{path}.lock"):
+        document = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        change(document)
+        write_json(path, document)
+    return dict(document)
 
 
 def _options() -> argparse.Namespace:
@@ -88,16 +95,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--budget", type=float, default=0.75)
-    parser.add_argument("--budgets", type=_numbers(float), default=[0.9, 0.85, 0.8, 0.75, 0.7])
+    parser.add_argument("--budgets", type=_numbers(float), default=SWEEP)
     parser.add_argument("--positions", type=float, default=0.5)
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--bias-learning-rate", type=float, default=1e-1)
-    parser.add_argument("--calibration-windows", type=int, default=16)
+    parser.add_argument("--held-back-windows", type=int, default=8, help="for thresholds, orders")
     parser.add_argument("--report-windows", type=int, default=32)
     parser.add_argument("--static", type=_numbers(int), default=[], help="numbers of units to drop")
     parser.add_argument("--greedy-windows", type=int, default=4, help="0 leaves it out: slow")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--teacher", metavar="FILE", help="keep the dense model's hidden states")
+    parser.add_argument("--save", metavar="DIR", help="keep the adapters there")
     parser.add_argument("--json", required=True)
     parser.add_argument("--continue", dest="resume", action="store_true")
     return parser.parse_args()
@@ -109,9 +115,9 @@ def _numbers(kind: type) -> Any:
 
 def _material(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """Windows to train on, to calibrate and choose on, and to report on: never the same text."""
-    needed = options.steps * options.batch_size + options.calibration_windows
+    needed = options.steps * options.batch_size + options.held_back_windows
     windows = make_windows(tokenizer, load_examples(options.train), limit=needed)
-    held = range(len(windows) - options.calibration_windows, len(windows))
+    held = range(len(windows) - options.held_back_windows, len(windows))
     report = {}
     for item in options.report:
         name, _, file = item.partition("=")
@@ -123,13 +129,11 @@ def _material(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _about(
-    options: argparse.Namespace, model: Any, before: dict[str, Any] | None
-) -> dict[str, Any]:
+def _describe(document: dict[str, Any], options: argparse.Namespace, model: Any) -> None:
     parameter = next(model.parameters())
-    commands = [*(before or {}).get("commands", []), shlex.join(["python", *sys.argv])]
-    return {
-        "commands": commands,
+    commands = document.get("run", {}).get("commands", [])
+    document["run"] = {
+        "commands": [*commands, shlex.join(["python", *sys.argv])],
         "model": options.model,
         "train_tokens": options.steps * options.batch_size * 256,
         "versions": versions(),
@@ -142,46 +146,76 @@ def _about(
 def _run(
     options: argparse.Namespace, model: Any, material: dict[str, Any], setting: str, seed: int
 ) -> dict[str, Any]:
-    """Tune one adapter and sweep it over the budgets."""
+    """Tune one adapter and sweep it over thresholds."""
     torch.manual_seed(seed)
     started = time.time()
-    routed = get_peft_model(model, RouterTuningConfig(budget=options.budget, **SETTINGS[setting]))
+    config = SETTINGS[setting.removesuffix(COLD)]
+    routed = get_peft_model(model, RouterTuningConfig(budget=options.budget, **config))
+    log = _train(options, routed, material, seed, cold=setting.endswith(COLD))
+    trained = time.time()
+    _set_thresholds(routed, material["held_back"], options.budgets)
+    run = {
+        "setting": setting,
+        "config": config,
+        "seed": seed,
+        "trainable": sum(p.numel() for p in routed.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_seconds": round(trained - started, 1),
+        "log": log,
+        "routed": {
+            name: [_row(routed, w, b) for b in options.budgets]
+            for name, w in material["report"].items()
+        },
+        "peak_rss_mb": peak_rss_mb(),
+    }
+    if options.save:
+        routing_of(routed).config.calibration = []
+        save_adapter(routed, Path(options.save) / f"{setting}-{seed}")
+    routed.unload()
+    _say(f"{setting} seed {seed}", run["routed"])
+    return run
+
+
+def _train(
+    options: argparse.Namespace, routed: Any, material: dict[str, Any], seed: int, cold: bool
+) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = RouterTrainingArguments(
             output_dir=folder,
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
             distill_positions=options.positions,
-            learning_rate=options.learning_rate,
-            bias_learning_rate=options.bias_learning_rate,
             seed=seed,
             save_strategy="no",
             use_cpu=not torch.cuda.is_available(),
+            **({"warm_start": 0} if cold else {}),
         )
         trainer = _TaughtFromMemory(
             routed, arguments, train_dataset=WindowDataset(material["train"])
         )
         trainer.known = material["teacher"]
         trainer.train()
-    trained = time.time()
-    entries = calibrate_windows(routed, material["held_back"], options.budgets)
-    run = {
-        "setting": setting,
-        "config": SETTINGS[setting],
-        "seed": seed,
-        "trainable": sum(p.numel() for p in routed.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "training_seconds": round(trained - started, 1),
-        "log": [entry for entry in trainer.state.log_history if "kept" in entry],
-        "calibration": entries,
-        "routed": {
-            name: [_row(routed, w, b) for b in options.budgets]
-            for name, w in material["report"].items()
-        },
-    }
-    routed.unload()
-    _say(f"{setting} seed {seed}", run["routed"])
-    return run
+    return [entry for entry in trainer.state.log_history if "kept" in entry]
+
+
+def _set_thresholds(routed: Any, windows: Windows, budgets: list[float]) -> None:
+    """Spread thresholds over the logits of held-back text. What is kept is measured on the report,
+    where losses are interpolated, so budgets need not be met as after a calibration.
+    """
+    routed.eval()
+    with torch.no_grad(), record(routed) as trace:
+        for ids in windows.ids.split(8):
+            decoder_of(routed)(input_ids=ids, use_cache=False)
+    free = [
+        unit.logits_BT if unit.always_BT is None else unit.logits_BT[~unit.always_BT]
+        for forward in trace.forwards
+        for unit in forward.units.values()
+    ]
+    logits = torch.cat([part.flatten() for part in free]).float().sort().values
+    routing_of(routed).config.calibration = [
+        {"budget": b, "threshold": float(logits[int((1 - b) * len(logits))])}
+        for b in sorted(budgets)
+    ]
 
 
 class _TaughtFromMemory(RouterTrainer):

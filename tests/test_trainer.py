@@ -77,13 +77,17 @@ def trainer_of(
     held_out: Rows | None = None,
     **fields: Any,
 ) -> RouterTrainer:
-    """A quiet trainer on the CPU that logs every step; eight steps of four rows."""
+    """A quiet trainer on the CPU that logs every step: eight steps of four rows, large ones from an
+    even start, so that the routers learn to skip within them.
+    """
     callbacks = fields.pop("callbacks", None)
     defaults = {
         "max_steps": 8,
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
         "save_steps": 4,
+        "warm_start": 0,
+        "learning_rate": 1e-2,
     }
     given = {**defaults, "use_cpu": True, "disable_tqdm": True, **fields}
     args = RouterTrainingArguments(output_dir=str(folder), **given)
@@ -394,18 +398,31 @@ def test_half_precision_trains_fp32_routers(
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-def test_biases_have_their_own_learning_rate(tmp_path: Path) -> None:
+def test_biases_and_inner_weights_have_their_own_learning_rates(tmp_path: Path) -> None:
     model = routed(router="bottleneck", router_hidden=4)
     trainer = trainer_of(
         model, tmp_path, learning_rate=1e-3, bias_learning_rate=5e-2, weight_decay=0.1
     )
-    weights, biases = trainer.create_optimizer().param_groups
-    assert (weights["lr"], weights["weight_decay"]) == (1e-3, 0.1)
+    *first, inner, biases = trainer.create_optimizer().param_groups
+    assert [tuple(group["params"][0].shape) for group in first] == [(4, 32)] * 4
+    assert {group["weight_decay"] for group in first} == {0.1}
+    assert (inner["lr"], inner["weight_decay"]) == (1e-3, 0.1)
     assert (biases["lr"], biases["weight_decay"]) == (5e-2, 0.0)
     assert [p.numel() for p in biases["params"]] == [
         1
     ] * 4  # the last bias of each, not the hidden ones
-    assert len(weights["params"]) + len(biases["params"]) == len(trainable(model))
+    groups = (*first, inner, biases)
+    assert sum(len(group["params"]) for group in groups) == len(trainable(model))
+
+
+def test_a_router_learns_the_slower_the_wider_its_input_spreads(tmp_path: Path) -> None:
+    model = routed()
+    norm = decoder_layers(decoder_of(model))[1].input_layernorm
+    norm.weight.data *= 50  # type: ignore[union-attr, operator]
+    rates = [g["lr"] for g in trainer_of(model, tmp_path).create_optimizer().param_groups[:4]]
+    plain = trainer_of(routed(), tmp_path).create_optimizer().param_groups[:4]
+    assert rates[1] == pytest.approx(plain[1]["lr"] / 50, rel=1e-3)
+    assert rates[0] == plain[0]["lr"]
 
 
 def test_routers_of_biases_only_train(tmp_path: Path) -> None:

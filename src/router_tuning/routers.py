@@ -68,6 +68,12 @@ def scalar_bias(router: Router) -> nn.Parameter:
     return [p for p in biases if p.numel() == 1 and p.requires_grad][-1]
 
 
+def input_weight(router: Router) -> nn.Parameter | None:
+    """The trainable matrix that a router's input meets first; None where it ignores its input."""
+    matrices = (p for p in router.parameters() if p.ndim == 2 and p.requires_grad)
+    return next(matrices, None)
+
+
 def _in_fp32(score: nn.Module, x_BTD: Tensor) -> Tensor:
     # Autocast would take the fp32 product back to bf16.
     with torch.autocast(x_BTD.device.type, enabled=False):

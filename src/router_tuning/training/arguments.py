@@ -67,8 +67,11 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     learning_rate: float = field(
-        default=1e-2,
-        metadata={"help": "Learning rate of the routers' weights: few parameters, few steps."},
+        default=2e-3,
+        metadata={
+            "help": "Learning rate of the routers' weights, for inputs that spread by 1: each "
+            "router's is divided by the spread of its input."
+        },
     )
     bias_learning_rate: float = field(
         default=1e-1,

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from router_tuning.config import check_budget
 from router_tuning.errors import ConfigError, TrainingError
 from router_tuning.execution.context import dense, record, routers_of, routing_of
-from router_tuning.routers import scalar_bias
+from router_tuning.routers import input_weight, scalar_bias
 from router_tuning.training.arguments import REENTRANT, RouterTrainingArguments
 from router_tuning.training.budget import (
     Kept,
@@ -49,7 +49,7 @@ from router_tuning.training.safety import (
     stop_on_interrupt,
 )
 from router_tuning.training.shared_prefix import Prefix, capture_prefix, reuse_prefix
-from router_tuning.training.warm_start import is_fresh, warm_start
+from router_tuning.training.warm_start import input_spread, is_fresh, warm_start
 from router_tuning.units import decoder_layers, decoder_of
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ else:
 
 __all__ = ["RouterTrainer", "RouterTrainerMixin", "RouterTrainingArguments"]
 
+SPREAD_ROWS = 2
+"""Training rows on which the spread of the routers' inputs is measured."""
 STATE_FILE = "router_trainer_state.json"
 """The running mean of the kept fraction, beside transformers' own files in a checkpoint."""
 
@@ -231,29 +233,23 @@ class RouterTrainerMixin(_Trainer):
     # ---- optimizer, evaluation, logs ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the arguments, with the biases' own learning rate."""
+        """The optimizer of the arguments, with learning rates for what moves a logit how far."""
         if self.optimizer is None:
             model = self.routed if model is None else model
-            trained = [p for p in model.parameters() if p.requires_grad]
-            biases = {scalar_bias(router) for router in routers_of(self.routed).values()}
-            args = self.args
-            groups = [
-                {
-                    "params": [p for p in trained if p not in biases],
-                    "lr": args.learning_rate,
-                    "weight_decay": args.weight_decay,
-                },
-                {
-                    "params": [p for p in trained if p in biases],
-                    "lr": args.bias_learning_rate,
-                    "weight_decay": 0.0,
-                },
-            ]
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
-            self.optimizer = optimizer_class(
-                [group for group in groups if group["params"]], **kwargs
-            )
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
+            groups = _parameter_groups(self.routed, self.args, self._spreads())
+            self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
+
+    def _spreads(self) -> dict[str, float]:
+        """How far the units' inputs spread, on the first rows; no random number is drawn."""
+        with self.compute_loss_context_manager():
+            return input_spread(self.routed, self._first_rows(SPREAD_ROWS))
+
+    def _first_rows(self, number: int) -> dict[str, Tensor]:
+        rows = list(itertools.islice(iter(self.train_dataset), number))  # type: ignore[arg-type]
+        batch: dict[str, Tensor] = self.data_collator(rows)
+        return batch
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The scheduler of the arguments; the default stays constant and then cools down."""
@@ -298,6 +294,9 @@ class RouterTrainerMixin(_Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with the parts of the loss and what was kept: means since the last log."""
+        if "learning_rate" in logs:  # the first router's, for the spread of its input
+            first = self.optimizer.param_groups[0]  # type: ignore[union-attr]
+            logs["learning_rate"] *= self.args.learning_rate / first["initial_lr"]
         number = self._sums.pop("number", 0.0)
         if "loss" in logs and number:
             logs.update({name: value / number for name, value in self._sums.items()})
@@ -341,8 +340,7 @@ class RouterTrainerMixin(_Trainer):
 
     def _warm_start(self, number: int) -> None:
         """Let the first rows tell the units apart; no random number is drawn."""
-        rows = list(itertools.islice(iter(self.train_dataset), number))  # type: ignore[arg-type]
-        batch = self.data_collator(rows)
+        batch = self._first_rows(number)
         with (
             self.compute_loss_context_manager(),
             logging.tqdm(desc="Warm start", leave=False, disable=self.args.disable_tqdm) as shown,
@@ -485,6 +483,29 @@ class _StepWatch(TrainerCallback):
         trainer._mid_update = False
         trainer._micro_batch = 0
         trainer._good = replace(trainer._running)
+
+
+def _parameter_groups(
+    model: nn.Module, args: RouterTrainingArguments, spreads: dict[str, float]
+) -> list[dict[str, Any]]:
+    """A group for each router's input weight, whose learning rate is for inputs of spread 1; one
+    for what else is in the routers; and one for the biases.
+    """
+    decay = args.weight_decay
+    groups: list[dict[str, Any]] = []
+    others: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
+    for name, router in routers_of(model).items():
+        weight, bias = input_weight(router), scalar_bias(router)
+        if weight is not None:
+            rate = args.learning_rate / (spreads.get(name) or 1.0)
+            groups.append({"params": [weight], "lr": rate, "weight_decay": decay})
+        others += [p for p in router.parameters() if p.requires_grad and p is not weight]
+        biases.append(bias)
+    others = [p for p in others if all(p is not bias for bias in biases)]
+    if others:
+        groups.append({"params": others, "lr": args.learning_rate, "weight_decay": decay})
+    return [*groups, {"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0}]
 
 
 def _advance(shown: Any, done: int, total: int) -> None:

@@ -18,11 +18,17 @@ from torch import Tensor, nn
 
 from router_tuning.baselines import StaticDrop
 from router_tuning.data import evaluation_mode
-from router_tuning.execution.context import decided_by, dense, routers_of, routing_of
+from router_tuning.execution.context import (
+    ForwardContext,
+    decided_by,
+    dense,
+    routers_of,
+    routing_of,
+)
 from router_tuning.execution.partial import entering_states, run_from
 from router_tuning.routers import scalar_bias
 from router_tuning.training.objectives import distill_loss, head_of
-from router_tuning.units import decoder_of
+from router_tuning.units import Unit, decoder_of
 
 Progress = Callable[[int, int], None]
 
@@ -53,6 +59,38 @@ def warm_start(
 
 
 @torch.no_grad()
+def input_spread(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Root mean square deviation of each routed unit's input from its mean token, dense model.
+
+    The inputs of one family are fifty times larger than those of another, and a step of the same
+    size would move its logits as many times as far.
+    """
+    seen = _Spread()
+    with evaluation_mode(model), decided_by(model, seen):
+        ids_BT, mask_BT = _on_device(model, inputs)
+        decoder_of(model)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+    return seen.found
+
+
+class _Spread:
+    """Keeps everything, and looks at what the units see."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def __call__(self, unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
+        x_ND = x_BTD[forward.real_BT].float()
+        self.found[unit.name] = float((x_ND - x_ND.mean(0)).square().mean().sqrt())
+        return torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
+
+
+def _on_device(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    device = next(model.parameters()).device
+    mask_BT = inputs.get("attention_mask")
+    return inputs["input_ids"].to(device), None if mask_BT is None else mask_BT.to(device)
+
+
+@torch.no_grad()
 def harm_without(
     model: nn.Module, inputs: Mapping[str, Tensor], progress: Progress | None = None
 ) -> dict[str, float]:
@@ -61,9 +99,7 @@ def harm_without(
     Only the layers from a unit's own on are run again.
     """
     decoder, head = decoder_of(model), head_of(model)
-    device = next(decoder.parameters()).device
-    ids_BT, mask_BT = inputs["input_ids"].to(device), inputs.get("attention_mask")
-    mask_BT = None if mask_BT is None else mask_BT.to(device)
+    ids_BT, mask_BT = _on_device(model, inputs)
     real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
 
     def hidden() -> Tensor:
