@@ -62,7 +62,7 @@ def warm_start(
 def input_spread(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, float]:
     """Root mean square deviation of each routed unit's input from its mean token, dense model.
 
-    The inputs of one family are fifty times larger than those of another, and a step of the same
+    Inputs of one model are many times larger than those of another, and a step of the same
     size would move its logits as many times as far.
     """
     seen = _Spread()
