@@ -7,12 +7,19 @@ nothing of models, only of records.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from router_tuning.errors import TrainingError
 from router_tuning.record import ForwardRecord
+
+STATE_FILE = "router_trainer_state.json"
+"""The running mean of the kept fraction, in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,29 @@ class RunningKept:
         self.executions += executions
         self.possible += possible
         return self.executions / max(self.possible, 1e-12)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write it into a checkpoint's folder, beside transformers' own files."""
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        temporary = checkpoint / (STATE_FILE + ".tmp")
+        temporary.write_text(json.dumps({"running_kept": asdict(self)}))
+        os.replace(temporary, checkpoint / STATE_FILE)
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> RunningKept:
+        """Read it from a checkpoint's folder.
+
+        Raises:
+            TrainingError: it is missing or damaged.
+        """
+        path = checkpoint / STATE_FILE
+        try:
+            return cls(**json.loads(path.read_text())["running_kept"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{path} cannot be read ({error}); it was not written by RouterTrainer, or is "
+                "damaged: resume from an earlier checkpoint"
+            ) from error
 
 
 def target_at(step: int, steps: int, budget: float, anneal_fraction: float) -> float:

@@ -11,12 +11,10 @@ Shapes: B batch, T tokens, N chosen positions, D hidden.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import shutil
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,10 +27,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from router_tuning.config import check_budget
-from router_tuning.errors import ConfigError, TrainingError
-from router_tuning.execution.context import dense, record, routers_of, routing_of
-from router_tuning.routers import input_weight, scalar_bias
-from router_tuning.training.arguments import REENTRANT, RouterTrainingArguments
+from router_tuning.errors import TrainingError
+from router_tuning.execution.context import dense, record, routing_of
+from router_tuning.training.arguments import RouterTrainingArguments
 from router_tuning.training.budget import (
     Kept,
     RunningKept,
@@ -41,16 +38,22 @@ from router_tuning.training.budget import (
     count_kept,
     target_at,
 )
+from router_tuning.training.checks import (
+    check_arguments,
+    check_checkpointing,
+    check_head,
+    check_model,
+)
 from router_tuning.training.objectives import Head, distill_loss, head_of, lm_loss, shifted_targets
+from router_tuning.training.optimizer import parameter_groups
 from router_tuning.training.safety import (
     StopRequest,
-    check_writable,
     last_complete_checkpoint,
     stop_on_interrupt,
 )
 from router_tuning.training.shared_prefix import Prefix, capture_prefix, reuse_prefix
 from router_tuning.training.warm_start import input_spread, is_fresh, warm_start
-from router_tuning.units import decoder_layers, decoder_of
+from router_tuning.units import decoder_of
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -61,8 +64,6 @@ __all__ = ["RouterTrainer", "RouterTrainerMixin", "RouterTrainingArguments"]
 
 SPREAD_ROWS = 2
 """Training rows on which the spread of the routers' inputs is measured."""
-STATE_FILE = "router_trainer_state.json"
-"""The running mean of the kept fraction, beside transformers' own files in a checkpoint."""
 
 
 class RouterTrainerMixin(_Trainer):
@@ -72,10 +73,10 @@ class RouterTrainerMixin(_Trainer):
 
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
         args = RouterTrainingArguments() if args is None else args
-        _check_arguments(args)
+        check_arguments(args)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, args, **kwargs)
-        _check_model(self.routed, args)
+        check_model(self.routed, args)
         self._use_cache = use_cache
         self._folder = str(args.output_dir)
         routing = routing_of(self.routed)
@@ -182,7 +183,7 @@ class RouterTrainerMixin(_Trainer):
         head = head_of(self.routed)
         if not self._head_checked:
             with torch.no_grad():
-                _check_head(
+                check_head(
                     head(hidden_BTD[:, -1]).float(), outputs.logits[:, -1].float(), self.routed
                 )
             self._head_checked = True
@@ -237,7 +238,7 @@ class RouterTrainerMixin(_Trainer):
         if self.optimizer is None:
             model = self.routed if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
-            groups = _parameter_groups(self.routed, self.args, self._spreads())
+            groups = parameter_groups(self.routed, self.args, self._spreads())
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
@@ -318,7 +319,7 @@ class RouterTrainerMixin(_Trainer):
             KeyboardInterrupt: Ctrl-C, after a checkpoint of the last complete step was saved.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        self._running = _read_state(checkpoint)
+        self._running = RunningKept.load(Path(checkpoint)) if checkpoint else RunningKept()
         self._good = replace(self._running)
         self._micro_batch, self._mid_update = 0, False
         self._sums.clear()
@@ -399,7 +400,7 @@ class RouterTrainerMixin(_Trainer):
         try:
             if self.args.should_save:
                 # Before transformers' own files, the last of which marks a complete checkpoint.
-                _write_state(folder, self._running)
+                self._running.save(folder)
             super()._save_checkpoint(model, trial)
         except (
             OSError,
@@ -460,7 +461,7 @@ class _StepWatch(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        _check_checkpointing(self.trainer.routed)
+        check_checkpointing(self.trainer.routed)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.stop_if_asked()
@@ -485,29 +486,6 @@ class _StepWatch(TrainerCallback):
         trainer._good = replace(trainer._running)
 
 
-def _parameter_groups(
-    model: nn.Module, args: RouterTrainingArguments, spreads: dict[str, float]
-) -> list[dict[str, Any]]:
-    """A group for each router's input weight, whose learning rate is for inputs of spread 1; one
-    for what else is in the routers; and one for the biases.
-    """
-    decay = args.weight_decay
-    groups: list[dict[str, Any]] = []
-    others: list[nn.Parameter] = []
-    biases: list[nn.Parameter] = []
-    for name, router in routers_of(model).items():
-        weight, bias = input_weight(router), scalar_bias(router)
-        if weight is not None:
-            rate = args.learning_rate / (spreads.get(name) or 1.0)
-            groups.append({"params": [weight], "lr": rate, "weight_decay": decay})
-        others += [p for p in router.parameters() if p.requires_grad and p is not weight]
-        biases.append(bias)
-    others = [p for p in others if all(p is not bias for bias in biases)]
-    if others:
-        groups.append({"params": others, "lr": args.learning_rate, "weight_decay": decay})
-    return [*groups, {"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0}]
-
-
 def _advance(shown: Any, done: int, total: int) -> None:
     shown.total = total
     shown.update(done - shown.n)
@@ -526,72 +504,3 @@ def _real(inputs: dict[str, Any], hidden_BTD: Tensor) -> Tensor:
     if mask is None:
         return torch.ones(hidden_BTD.shape[:2], dtype=torch.bool, device=hidden_BTD.device)
     return mask.to(device=hidden_BTD.device, dtype=torch.bool)
-
-
-def _check_arguments(args: Any) -> None:
-    if not isinstance(args, RouterTrainingArguments):
-        raise ConfigError(f"args must be RouterTrainingArguments, got {type(args).__name__}")
-    if args.n_gpu > 1:
-        raise ConfigError(
-            "several GPUs in one process (nn.DataParallel) are not supported; start one process a "
-            "GPU with `torchrun --nproc-per-node`, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
-        )
-    if args.should_save:
-        check_writable(str(args.output_dir))
-
-
-def _check_model(model: nn.Module, args: RouterTrainingArguments) -> None:
-    routing_of(model)
-    if not isinstance(model, PeftModel) and args.save_strategy != "no":
-        raise ConfigError(
-            "a checkpoint of a model with attached routers would hold the whole base model; use "
-            'get_peft_model(model, RouterTuningConfig(...)), or save_strategy="no"'
-        )
-    routers = {p for router in routers_of(model).values() for p in router.parameters()}
-    trained = {p for p in model.parameters() if p.requires_grad}
-    if not trained:
-        raise ConfigError("no parameter trains; load the adapter with is_trainable=True")
-    if trained - routers:
-        raise ConfigError(
-            f"{len(trained - routers)} tensors of the base model would train; freeze it with "
-            f"model.requires_grad_(False) before attaching the routers (get_peft_model does)"
-        )
-
-
-def _check_checkpointing(model: nn.Module) -> None:
-    for layer in decoder_layers(decoder_of(model)):
-        function = getattr(layer, "_gradient_checkpointing_func", None)
-        if getattr(layer, "gradient_checkpointing", False) and getattr(
-            function, "keywords", {}
-        ).get("use_reentrant"):
-            raise ConfigError(REENTRANT)
-
-
-def _check_head(ours_BV: Tensor, models_BV: Tensor, model: nn.Module) -> None:
-    scale = models_BV.abs().max().clamp(min=1e-6)
-    if models_BV.isfinite().all() and ((ours_BV - models_BV).abs().max() / scale) > 0.05:
-        raise TrainingError(
-            f"{type(model).__name__} does more from its last hidden state to its logits than an "
-            "output embedding and a soft cap, so its loss cannot be computed in chunks; use "
-            "another model, or report it"
-        )
-
-
-def _write_state(folder: Path, running: RunningKept) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (STATE_FILE + ".tmp")
-    temporary.write_text(json.dumps({"running_kept": asdict(running)}))
-    os.replace(temporary, folder / STATE_FILE)
-
-
-def _read_state(checkpoint: str | None) -> RunningKept:
-    if checkpoint is None:
-        return RunningKept()
-    path = Path(checkpoint) / STATE_FILE
-    try:
-        return RunningKept(**json.loads(path.read_text())["running_kept"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{path} cannot be read ({error}); it was not written by RouterTrainer, or is damaged: "
-            "resume from an earlier checkpoint"
-        ) from error

@@ -1,0 +1,66 @@
+"""What a router training refuses before it begins, each with what to do instead.
+
+Shapes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from router_tuning.errors import ConfigError, TrainingError
+from router_tuning.execution.context import routers_of, routing_of
+from router_tuning.training.arguments import REENTRANT, RouterTrainingArguments
+from router_tuning.training.safety import check_writable
+from router_tuning.units import decoder_layers, decoder_of
+
+
+def check_arguments(args: Any) -> None:
+    if not isinstance(args, RouterTrainingArguments):
+        raise ConfigError(f"args must be RouterTrainingArguments, got {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise ConfigError(
+            "several GPUs in one process (nn.DataParallel) are not supported; start one process a "
+            "GPU with `torchrun --nproc-per-node`, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.should_save:
+        check_writable(str(args.output_dir))
+
+
+def check_model(model: nn.Module, args: RouterTrainingArguments) -> None:
+    routing_of(model)
+    if not isinstance(model, PeftModel) and args.save_strategy != "no":
+        raise ConfigError(
+            "a checkpoint of a model with attached routers would hold the whole base model; use "
+            'get_peft_model(model, RouterTuningConfig(...)), or save_strategy="no"'
+        )
+    routers = {p for router in routers_of(model).values() for p in router.parameters()}
+    trained = {p for p in model.parameters() if p.requires_grad}
+    if not trained:
+        raise ConfigError("no parameter trains; load the adapter with is_trainable=True")
+    if trained - routers:
+        raise ConfigError(
+            f"{len(trained - routers)} tensors of the base model would train; freeze it with "
+            f"model.requires_grad_(False) before attaching the routers (get_peft_model does)"
+        )
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    for layer in decoder_layers(decoder_of(model)):
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if getattr(layer, "gradient_checkpointing", False) and getattr(
+            function, "keywords", {}
+        ).get("use_reentrant"):
+            raise ConfigError(REENTRANT)
+
+
+def check_head(ours_BV: Tensor, models_BV: Tensor, model: nn.Module) -> None:
+    scale = models_BV.abs().max().clamp(min=1e-6)
+    if models_BV.isfinite().all() and ((ours_BV - models_BV).abs().max() / scale) > 0.05:
+        raise TrainingError(
+            f"{type(model).__name__} does more from its last hidden state to its logits than an "
+            "output embedding and a soft cap, so its loss cannot be computed in chunks; use "
+            "another model, or report it"
+        )
