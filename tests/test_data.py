@@ -29,7 +29,7 @@ from router_tuning.data import (
     sample_answers,
 )
 from router_tuning.errors import ConfigError, DataError
-from router_tuning.peft_tuner import RouterTuningConfig
+from router_tuning.peft_config import RouterTuningConfig
 from tiny import BOS, EOS, tiny_model, tiny_tokenizer
 
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from router_tuning import embedded, peft_tuner
+from router_tuning import embedded, peft_config
+from router_tuning.adapter_folder import load_adapter, save_adapter
 from router_tuning.attach import attach, routing_of, set_budget
 from router_tuning.errors import (
     AdapterError,
@@ -41,13 +42,8 @@ from router_tuning.errors import (
     UnsupportedModelError,
 )
 from router_tuning.execution.context import record
-from router_tuning.peft_tuner import (
-    ROUTERS,
-    RouterLayer,
-    RouterTuningConfig,
-    load_adapter,
-    save_adapter,
-)
+from router_tuning.peft_config import RouterTuningConfig
+from router_tuning.peft_tuner import ROUTERS, RouterLayer
 from tiny import checkpoint_activations, tiny_model, token_ids
 
 # PEFT 0.21 asks transformers 5.24 for it whenever a PeftModel is made.
@@ -874,7 +870,7 @@ def alias(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return str(folder)
 
     monkeypatch.setattr(embedded, "resolve", resolve)
-    monkeypatch.setattr(peft_tuner, "resolve", resolve)
+    monkeypatch.setattr(peft_config, "resolve", resolve)
     return asked
 
 

@@ -24,7 +24,7 @@ from router_tuning.errors import BudgetError, ConfigError, DataError, Unsupporte
 from router_tuning.evaluation import perplexity
 from router_tuning.evaluation.perplexity import MEASURES, evaluate, window_loss
 from router_tuning.execution.context import ROUTER_CHILD, decided_by, dense, record
-from router_tuning.peft_tuner import RouterTuningConfig
+from router_tuning.peft_config import RouterTuningConfig
 from tiny import VOCAB_SIZE, tiny_model, token_ids
 
 TOLERANCE = 1e-5  # fp32, between one matrix product and the same in pieces

@@ -25,7 +25,7 @@ from router_tuning.attach import attach
 from router_tuning.config import RoutingConfig
 from router_tuning.errors import BudgetError, ConfigError, TrainingError, UnsupportedCallError
 from router_tuning.execution.context import ROUTER_CHILD, dense, record, routing_of
-from router_tuning.peft_tuner import RouterTuningConfig
+from router_tuning.peft_config import RouterTuningConfig
 from router_tuning.training.safety import last_complete_checkpoint
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 from router_tuning.units import decoder_layers, decoder_of

@@ -4,6 +4,7 @@ runs.
 Importing the package registers its adapters with PEFT.
 """
 
+from router_tuning.adapter_folder import load_adapter, save_adapter
 from router_tuning.attach import attach, detach, routing_of, set_budget
 from router_tuning.baselines import RandomMask, StaticDrop
 from router_tuning.calibration import calibrate, calibrate_windows
@@ -23,12 +24,8 @@ from router_tuning.errors import (
 )
 from router_tuning.evaluation.perplexity import evaluate, window_loss
 from router_tuning.execution.context import decided_by, dense, execute, record, replay
-from router_tuning.peft_tuner import (
-    RouterTuningConfig,
-    RouterTuningModel,
-    load_adapter,
-    save_adapter,
-)
+from router_tuning.peft_config import RouterTuningConfig
+from router_tuning.peft_tuner import RouterTuningModel
 from router_tuning.record import Trace
 from router_tuning.training.trainer import (
     RouterTrainer,

@@ -182,8 +182,13 @@ def greedy_order(
     done, total = 0, sum(len(units) - i for i in range(num))
     for _ in range(num):
         losses: dict[str, float] = {}
-        with torch.no_grad(), decided_by(model, StaticDrop(dropped)):
-            states = entering_states(decoder_of(model), ids)
+        decoder = decoder_of(model)
+        with (
+            torch.no_grad(),
+            decided_by(model, StaticDrop(dropped)),
+            entering_states(decoder) as states,
+        ):
+            decoder(input_ids=ids, use_cache=False)
         for unit in units:
             if unit.name in dropped:
                 continue

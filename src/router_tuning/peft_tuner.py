@@ -1,48 +1,45 @@
-"""Routers as a PEFT adapter: `get_peft_model(model, RouterTuningConfig(...))`, saving and loading.
+"""Routers as a PEFT adapter on a model: `get_peft_model(model, RouterTuningConfig(...))`.
 
-The only file that imports PEFT's internals. A `RouterLayer` (one router for each adapter) sits
-beside each routed attention, as a child of the decoder layer; the engine (attach.py) calls it.
-Nothing is wrapped, so the base model's weights keep their names and `unload()` gives back the very
-same model.
+A `RouterLayer` (one router for each adapter) sits beside each routed attention, as a child of the
+decoder layer; the engine (attach.py) calls it. Nothing is wrapped, so the base model's weights keep
+their names and `unload()` gives back the very same model. What does not fit the model (another
+base, no unit to route, other weights than the routers') is refused, and leaves it as it was.
 
-Importing this module registers the adapter type with PEFT.
+Importing this module registers the adapter type with PEFT. It is the only file that imports from
+inside PEFT. Knows modules, and weights once they are read; opens no file: reading a config is in
+peft_config.py, saving and loading a folder in adapter_folder.py.
 
 Shapes: B batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, register_peft_method
-from safetensors import SafetensorError, safe_open
+from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from router_tuning.attach import ROUTER_CHILD, install, routing_of, uninstall
-from router_tuning.card import FILE_NAME as CARD_NAME
-from router_tuning.card import write_card
-from router_tuning.config import RoutingConfig
-from router_tuning.embedded import ALIASES, load_model, models_folder, name_of, resolve
+from router_tuning.embedded import name_of
 from router_tuning.errors import AdapterError, ConfigError, RouterTuningError
 from router_tuning.execution.context import Routing
 from router_tuning.identity import check_identity, identify
+from router_tuning.peft_config import (
+    METHOD,
+    SAFETENSORS_WEIGHTS_NAME,
+    RouterTuningConfig,
+    peft_type,
+)
 from router_tuning.routers import make_router
 from router_tuning.units import (
     Unit,
@@ -53,153 +50,11 @@ from router_tuning.units import (
     hidden_size_of,
 )
 
-METHOD = "router_tuning"
 ROUTERS = "keep_logits"
 """Attribute of a RouterLayer that holds its routers, by adapter name."""
 PREFIX = "keep_"
 """PEFT's mark of our weights' names. transformers' own loader writes the adapter's name behind the
 first part of a key that contains it. That must be ROUTERS, so ROUTER_CHILD must not contain it."""
-
-
-def _peft_type() -> PeftType:
-    """Our member of PEFT's list of adapter types, added on first use.
-
-    PEFT has no entry point for adapter types from outside: `register_peft_method` takes only names
-    that stand in the enum, and an enum takes no members once it is made. So it is put in by hand.
-    """
-    name = METHOD.upper()
-    if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_ = name
-        member._value_ = name
-        member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
-        PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = member
-        PeftType._value2member_map_[name] = member
-        type.__setattr__(PeftType, name, member)
-    return PeftType(name)
-
-
-class _BaseName:
-    """The base model's name in a config: an alias is saved as it is, and read as its local folder.
-
-    PEFT and transformers load, or look up, what they read here, and know no aliases. For a config
-    that is on no model yet (AutoPeftModelForCausalLM reads it to load the base) the alias's model
-    is fetched if need be.
-    """
-
-    def __get__(self, config: RouterTuningConfig | None, owner: type | None = None) -> str | None:
-        name = None if config is None else config.base_model_name
-        if config is None or name is None or name not in ALIASES:
-            return name
-        folder = models_folder() / name
-        if not config._is_attached:
-            return resolve(name)
-        return str(folder) if folder.is_dir() else name
-
-    def __set__(self, config: RouterTuningConfig, name: str | None) -> None:
-        config.__dict__["base_model_name_or_path"] = None if name is None else name_of(str(name))
-
-
-# A generated __repr__ or __eq__ would read every field, and so fetch models: RoutingConfig's do.
-@dataclass(kw_only=True, repr=False, eq=False)
-class RouterTuningConfig(RoutingConfig, PeftConfig):
-    """What is routed (RoutingConfig), as a PEFT config. Layers are chosen by `layers`."""
-
-    base_model_name_or_path: str | None = _BaseName()  # type: ignore[assignment]
-    """Hub id, folder or alias of the base model. `base_model_name` is the name as it is saved."""
-
-    task_type: str | None = "CAUSAL_LM"
-    """PEFT's task type. None for a bare decoder."""
-
-    target_modules: list[str] | str | None = None
-    """Names of modules to route (endings, or one pattern for a whole name). None: all units."""
-
-    exclude_modules: list[str] | str | None = None
-    """Names of modules that are not routed, in the same form. Both become `layers` on attaching."""
-
-    modules_to_save: list[str] | None = None
-    """PEFT's list of base modules to train too. Must stay None: only routers train."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        self.peft_type = _peft_type()
-        self.check()
-        if self.modules_to_save:
-            raise ConfigError(
-                f"modules_to_save must be None, since only routers train and the base model stays "
-                f"as it is; got {self.modules_to_save!r}"
-            )
-        # A base known from a file is compared with the model; one known from attaching is replaced.
-        self._base_is_given = self.base is not None
-        self._loading_from: str | None = None
-        self._allow_changed_weights = False
-        self._is_attached = False
-
-    @property
-    def base_model_name(self) -> str | None:
-        """The base model's name as it is saved: hub id, folder or alias."""
-        name: str | None = self.__dict__.get("base_model_name_or_path")
-        return name
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, as they are saved."""
-        return {f.name: copy.deepcopy(self.__dict__[f.name]) for f in fields(self)}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json (beside its place, then renamed) and the model card."""
-        os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as temporary:
-            super().save_pretrained(temporary, **kwargs)
-            os.replace(Path(temporary, CONFIG_NAME), Path(save_directory, CONFIG_NAME))
-        write_card(save_directory, self, self.base_model_name)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> RouterTuningConfig:
-        """Read the config of an adapter folder or hub repository.
-
-        Raises:
-            AdapterError: missing, half-written, of a newer format, or beside damaged weights.
-        """
-        name = pretrained_model_name_or_path
-        place = os.path.join(str(name), subfolder or "").rstrip(os.sep)
-        _check_folder(place if os.path.isdir(name) else name)
-        try:
-            config = (
-                super().from_pretrained(place, **kwargs)
-                if os.path.isdir(place)
-                else super().from_pretrained(name, subfolder, **kwargs)
-            )
-        except (RouterTuningError, ValueError, TypeError, KeyError) as error:
-            raise AdapterError(f"no adapter can be read from {place}: {error}") from error
-        if not isinstance(config, RouterTuningConfig):
-            raise AdapterError(
-                f"{place} holds a {config.peft_type} adapter, not a router-tuning one"
-            )
-        if os.path.isfile(os.path.join(place, SAFETENSORS_WEIGHTS_NAME)):
-            check_weights_file(place)
-        config._loading_from = place
-        return config
-
-    @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The fields in a config file.
-
-        Raises:
-            AdapterError: the file is not one JSON object.
-            ConfigError: its format is newer than this version of the package.
-        """
-        try:
-            found = super().from_json_file(path_json_file, **kwargs)
-        except ValueError as error:  # of JSON or of the encoding
-            raise AdapterError(_not_a_config(path_json_file, error)) from error
-        if not isinstance(found, dict):
-            raise AdapterError(_not_a_config(path_json_file, f"it holds a {type(found).__name__}"))
-        # Before PEFT meets, and drops, fields that only the newer version knows.
-        RoutingConfig(format_version=found.get("format_version", 1)).check()
-        return found
 
 
 class RouterLayer(nn.Module, BaseTunerLayer):
@@ -288,7 +143,7 @@ class RouterTuningModel(BaseTuner):
         _check_name(model, adapter_name)
         before = _Before.of(model)
         # Said for every LoRA that is there too, which is what we support.
-        with _silent("Already found a `peft_config` attribute"):
+        with silent("Already found a `peft_config` attribute"):
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         self._before = before
 
@@ -541,97 +396,6 @@ class _Before:
         model.__dict__.update(self.hooks)
 
 
-def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str | None = None) -> Path:
-    """Save one adapter, by default the active one; an interrupted save leaves the old files whole.
-
-    Every file is written in a temporary folder inside and then renamed, the config last.
-
-    Raises:
-        AdapterError: the folder cannot be written, or the disk is full.
-    """
-    name = str(adapter_name or model.active_adapter)
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            written = Path(temporary) if name == "default" else Path(temporary, name)
-            written.mkdir(exist_ok=True)
-            if (folder / CARD_NAME).exists():
-                shutil.copy(folder / CARD_NAME, written)  # what people wrote into it is kept
-            model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
-            for file in (SAFETENSORS_WEIGHTS_NAME, CARD_NAME, CONFIG_NAME):
-                os.replace(written / file, folder / file)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AdapterError(
-            f"cannot write the adapter to {folder}: {reason}. An adapter that was there is still "
-            f"whole. Make room, make the folder writable, or choose another."
-        ) from error
-    return folder
-
-
-def load_adapter(
-    folder: str | Path,
-    model: nn.Module | None = None,
-    *,
-    adapter_name: str = "default",
-    dtype: torch.dtype | str | None = None,
-    is_trainable: bool = False,
-    allow_changed_weights: bool = False,
-) -> PeftModel:
-    """Load an adapter, and its base model unless that is given. All is checked before it is loaded.
-
-    Args:
-        folder: an adapter's folder, or a hub repository.
-        model: the base model, or a PEFT model of it. None loads the one that the adapter names.
-        adapter_name: the name under which the adapter is added; it becomes the active one.
-        dtype: of a base model that is loaded here. None takes that of its files.
-        is_trainable: whether the routers are to be trained on.
-        allow_changed_weights: accept a base model of the same shape with other weights.
-
-    Raises:
-        AdapterError: missing, damaged, of a newer format, or weights that do not fit the config.
-        BaseModelMismatchError: the model is not the one that the adapter was made on.
-    """
-    place = _local_folder(folder)
-    config = RouterTuningConfig.from_pretrained(place)
-    check_weights_file(place)
-    config.inference_mode = not is_trainable
-    config._allow_changed_weights = allow_changed_weights
-    if model is None:
-        model = _load_base(config, place, dtype)
-    elif dtype is not None:
-        raise ConfigError("dtype is for a base model that is loaded here; convert the one you pass")
-    device = str(next(model.parameters()).device)
-    if isinstance(model, PeftModel) and model.peft_type == _peft_type():
-        model.add_adapter(adapter_name, config)
-        model.load_adapter(place, adapter_name, is_trainable=is_trainable, torch_device=device)
-        model.set_adapter(adapter_name, inference_mode=not is_trainable)
-        return model
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    with _silent("`is_gradient_checkpointing` is deprecated"):  # of PEFT 0.21 on transformers 5.24
-        return PeftModel.from_pretrained(
-            base, place, adapter_name, is_trainable, config=config, torch_device=device
-        )
-
-
-def check_weights_file(folder: str | Path) -> None:
-    """Open an adapter's weights file without loading it.
-
-    Raises:
-        AdapterError: the file is missing, cut short or damaged.
-    """
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"{path} cannot be read: it is missing, cut short or damaged ({error}). Save or copy "
-            f"the adapter again."
-        ) from error
-
-
 def _check_weights(
     model: nn.Module, adapter_name: str, loaded: dict[str, Tensor], place: str | None
 ) -> None:
@@ -669,74 +433,15 @@ def _undo_loading(model: PeftModel, adapter_name: str) -> None:
         tuner.delete_adapter(adapter_name)
 
 
-def _local_folder(folder: str | Path) -> str:
-    """The adapter's folder on this machine; a hub repository is fetched first."""
-    _check_folder(folder)
-    if os.path.isdir(folder):
-        return str(folder)
-    wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME]
-    try:
-        return snapshot_download(str(folder), allow_patterns=wanted)
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
-        raise AdapterError(
-            f"the folder {folder} does not exist here, and no hub repository of that name can be "
-            f"fetched: {str(error).strip().splitlines()[0]}"
-        ) from error
-
-
-def _check_folder(folder: str | Path) -> None:
-    """Refuse a folder that is not there or holds no adapter; names of the hub's pass."""
-    if os.path.isdir(folder):
-        if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-            inside = sorted(path.parent.name for path in Path(folder).glob(f"*/{CONFIG_NAME}"))
-            raise AdapterError(
-                f"the folder {folder} holds no {CONFIG_NAME}, so there is no adapter in it; "
-                + (f"there is one in its folder {inside[0]}" if inside else "name another folder")
-            )
-    elif os.path.exists(folder):
-        raise AdapterError(f"{folder} is a file; wanted the folder that save_adapter wrote")
-    elif isinstance(folder, Path) or not _can_be_on_the_hub(folder):
-        raise AdapterError(
-            f"the folder {folder} does not exist; wanted the folder that save_adapter wrote, or "
-            f"the name of a hub repository"
-        )
-
-
-def _can_be_on_the_hub(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _load_base(
-    config: RouterTuningConfig, place: str, dtype: torch.dtype | str | None
-) -> nn.Module:
-    name = config.base_model_name
-    if name is None:
-        raise AdapterError(
-            f"{place} names no base model; load it and pass it: load_adapter(folder, model)"
-        )
-    return load_model(name, dtype=dtype or "auto")
-
-
-def _not_a_config(path: str, reason: object) -> str:
-    return (
-        f"{path} is no adapter config ({reason}): it was cut short or changed by hand. Save or "
-        f"copy the adapter again."
-    )
-
-
 @contextmanager
-def _silent(message: str) -> Iterator[None]:
+def silent(message: str) -> Iterator[None]:
     """Without a warning of PEFT's that is meant for something else than what we do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=message)
         yield
 
 
-if _peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
+if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(
         name=METHOD, config_cls=RouterTuningConfig, model_cls=RouterTuningModel, prefix=PREFIX
     )

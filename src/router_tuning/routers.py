@@ -62,14 +62,17 @@ class BiasRouter(nn.Module):
         return self.bias.float().expand(x_BTD.shape[:-1])
 
 
-def scalar_bias(router: Router) -> nn.Parameter:
-    """The trainable number that shifts all logits of a router (of the active one of several)."""
+def scalar_bias(router: Router) -> nn.Parameter | None:
+    """The number that shifts all logits of a router (of the active one of several); None where it
+    is frozen.
+    """
     biases = [p for name, p in router.named_parameters() if name.endswith("bias")]
-    return [p for p in biases if p.numel() == 1 and p.requires_grad][-1]
+    trainable = [p for p in biases if p.numel() == 1 and p.requires_grad]
+    return trainable[-1] if trainable else None
 
 
 def input_weight(router: Router) -> nn.Parameter | None:
-    """The trainable matrix that a router's input meets first; None where it ignores its input."""
+    """The matrix that a router's input meets first; None where it is frozen, or there is none."""
     matrices = (p for p in router.parameters() if p.ndim == 2 and p.requires_grad)
     return next(matrices, None)
 

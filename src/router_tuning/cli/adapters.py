@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import transformers
 
+from router_tuning.adapter_folder import load_adapter
 from router_tuning.cli.console import bar, warn
 from router_tuning.cli.material import Recipe, held_back
 from router_tuning.data import Windows
 from router_tuning.embedded import load_model, load_tokenizer, resolve
 from router_tuning.errors import AdapterError, ConfigError
-from router_tuning.peft_tuner import RouterTuningConfig, load_adapter
+from router_tuning.peft_config import RouterTuningConfig
 
 RECORD = "tune.json"
 """What `tune` leaves beside an adapter: its options and results."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from router_tuning.adapter_folder import load_adapter
 from router_tuning.cli import tuning
 from router_tuning.cli.adapters import (
     ANSWERS,
@@ -31,7 +32,7 @@ from router_tuning.config import threshold_for
 from router_tuning.data import Windows, load_examples, make_windows
 from router_tuning.errors import ConfigError
 from router_tuning.evaluation.perplexity import evaluate
-from router_tuning.peft_tuner import RouterTuningConfig, load_adapter
+from router_tuning.peft_config import RouterTuningConfig
 
 
 @dataclass(frozen=True)

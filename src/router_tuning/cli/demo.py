@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +26,8 @@ RESULT = "demo.json"
 FIGURE = "demo.png"
 KV_SINK, KV_WINDOW = 4, 16
 """The first and the latest tokens stay visible: for so short a training it matters most."""
-DISTILL_POSITIONS = 0.5
-"""A part of each step goes into the output head; half of the tokens halve that."""
+DISTILL_POSITIONS = 0.25
+"""A part of each step goes into the output head, and this is how much of it is left."""
 PROMPT = "Give me three tips for learning a new language."
 
 
@@ -114,14 +114,13 @@ def _run(
     max_new_tokens: int,
 ) -> dict[str, Any]:
     """All the steps; returns the result."""
+    from router_tuning.adapter_folder import save_adapter
     from router_tuning.cli import tuning
     from router_tuning.cli.adapters import ANSWERS, RECORD, WORK, load_base
     from router_tuning.cli.comparison import compare, demo_text
-    from router_tuning.peft_tuner import save_adapter
     from router_tuning.report.figures import loss_figure
 
     base = load_base(settings.model, "auto", device)
-    settings = replace(settings, layers=_all_but_the_first(base.model))
     check_writable_folder(out / WORK)
     text = demo_text(settings, base, out / WORK / ANSWERS)
     model = tuning.attach_routers(base.model, settings)
@@ -140,15 +139,6 @@ def _run(
     )
     result["answers"] = _answers(model, base, prompt, calibrated, max_new_tokens, settings.seed)
     return {**result, "model": model, "data": text.names}
-
-
-def _all_but_the_first(model: Any) -> str:
-    """Layers to route: without the first one's attention the model makes no sense, and so short a
-    training can miss that.
-    """
-    from router_tuning.units import decoder_layers, decoder_of
-
-    return f"1-{len(decoder_layers(decoder_of(model))) - 1}"
 
 
 def _answers(

@@ -269,11 +269,11 @@ def _run(
     started: float,
 ) -> dict[str, Any]:
     """All the steps; returns the result, which is written into the folder too."""
+    from router_tuning.adapter_folder import save_adapter
     from router_tuning.attach import num_router_parameters
     from router_tuning.cli import tuning
     from router_tuning.cli.adapters import ANSWERS, RECORD, WORK, load_base
     from router_tuning.cli.material import prepare
-    from router_tuning.peft_tuner import save_adapter
 
     recipe = settings.recipe()
     base = load_base(settings.model, settings.dtype, device)

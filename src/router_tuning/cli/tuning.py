@@ -23,7 +23,7 @@ from router_tuning.data import WindowDataset, Windows
 from router_tuning.errors import BudgetError, ConfigError
 from router_tuning.evaluation.perplexity import window_loss
 from router_tuning.execution.context import dense, record, routing_of
-from router_tuning.peft_tuner import RouterTuningConfig
+from router_tuning.peft_config import RouterTuningConfig
 from router_tuning.training.safety import last_complete_checkpoint
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 from router_tuning.training.warm_start import warm_start
@@ -128,7 +128,7 @@ def train(
     if checkpoint is None:
         rows = material.train.take(range(min(WARM_START_WINDOWS, len(material.train))))
         with bar("Running without each layer in turn") as progress:
-            warm_start(model, {"input_ids": rows.ids}, progress)
+            warm_start(model, [{"input_ids": ids} for ids in rows.ids.split(1)], progress)
     arguments = _arguments(model, settings, out, evaluate, save_every)
     with bar(f"Training {num_router_parameters(model)} router parameters") as progress:
         trainer = RouterTrainer(

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from router_tuning.units import decoder_layers
 
 
-def entering_states(
-    decoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None = None
-) -> list[Tensor]:
-    """The states (B, T, D) that enter each decoder layer in one forward over token ids (B, T)."""
+@contextmanager
+def entering_states(decoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside the block, a forward puts the states (B, T, D) that enter each layer into the list."""
     states: list[Tensor] = []
 
     def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -28,11 +27,10 @@ def entering_states(
 
     hooks = [layer.register_forward_pre_hook(keep) for layer in decoder_layers(decoder)]
     try:
-        decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        yield states
     finally:
         for hook in hooks:
             hook.remove()
-    return states
 
 
 @contextmanager

@@ -1,22 +1,75 @@
-"""Parameter groups: how long the steps of what are. Knows nothing of losses or of the Trainer."""
+"""Parameter groups: how long the steps of what are.
+
+Inputs of one model are many times larger than those of another, and a step of the same length would
+move its logits as many times as far. So the learning rate of a router's weights is divided by the
+spread of its input. Knows nothing of losses or of the Trainer.
+
+Shapes: B batch, T tokens, N real tokens, D hidden.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from router_tuning.execution.context import routers_of
+from router_tuning.data import evaluation_mode
+from router_tuning.execution.context import ForwardContext, decided_by, routers_of
 from router_tuning.routers import input_weight, scalar_bias
 from router_tuning.training.arguments import RouterTrainingArguments
+from router_tuning.training.budget import all_reduce_sum
+from router_tuning.training.warm_start import Inputs, on_device
+from router_tuning.units import Unit, decoder_of
+
+LEAST = 0.01
+"""Smallest spread that is believed, as a part of the median over units: rows of one and the same
+token have none."""
+
+
+def input_spread(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, float]:
+    """How far each routed unit's input spreads in the dense model: the root mean square deviation
+    from its mean token. Empty where no token was seen. The mean over all ranks.
+    """
+    seen = _Spread({name: [] for name in routers_of(model)})
+    with torch.no_grad(), evaluation_mode(model), decided_by(model, seen):
+        for inputs in batches:
+            decoder_of(model)(**on_device(model, inputs), use_cache=False)
+    sums = [float(sum(found)) for found in seen.squares.values()]
+    counts = [float(len(found)) for found in seen.squares.values()]
+    total = all_reduce_sum([*sums, *counts], next(model.parameters()).device)
+    means = [s / max(n, 1.0) for s, n in zip(total[: len(sums)], total[len(sums) :], strict=True)]
+    believed = [m for m in means if math.isfinite(m) and m > 0]
+    if not believed:
+        return {}
+    least = (LEAST * math.sqrt(statistics.median(believed))) ** 2
+    return {
+        name: math.sqrt(max(m, least) if math.isfinite(m) else statistics.median(believed))
+        for name, m in zip(seen.squares, means, strict=True)
+    }
+
+
+class _Spread:
+    """Keeps everything, and looks at what the units see: mean squares of each batch."""
+
+    def __init__(self, squares: dict[str, list[float]]) -> None:
+        self.squares = squares
+
+    def __call__(self, unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
+        x_ND = x_BTD[forward.real_BT].float()
+        if len(x_ND):
+            self.squares[unit.name].append(float((x_ND - x_ND.mean(0)).square().mean()))
+        return torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
 
 
 def parameter_groups(
     model: nn.Module, args: RouterTrainingArguments, spreads: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """A group for each router's input weight, whose learning rate is for inputs of spread 1; one
-    for what else is in the routers; and one for the biases.
+    """A group for each router's input weight, with its `spread` and the learning rate divided by
+    it; one for what else trains in the routers; and one for the biases.
     """
     decay = args.weight_decay
     groups: list[dict[str, Any]] = []
@@ -25,11 +78,18 @@ def parameter_groups(
     for name, router in routers_of(model).items():
         weight, bias = input_weight(router), scalar_bias(router)
         if weight is not None:
-            rate = args.learning_rate / (spreads.get(name) or 1.0)
-            groups.append({"params": [weight], "lr": rate, "weight_decay": decay})
-        others += [p for p in router.parameters() if p.requires_grad and p is not weight]
-        biases.append(bias)
-    others = [p for p in others if all(p is not bias for bias in biases)]
-    if others:
-        groups.append({"params": others, "lr": args.learning_rate, "weight_decay": decay})
-    return [*groups, {"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0}]
+            spread = spreads.get(name, 1.0)
+            rate = args.learning_rate / spread
+            groups.append({"params": [weight], "lr": rate, "weight_decay": decay, "spread": spread})
+        rest = [p for p in router.parameters() if p.requires_grad]
+        others += [p for p in rest if p is not weight and p is not bias]
+        biases += [] if bias is None else [bias]
+    return [
+        *groups,
+        *_group(others, args.learning_rate, decay),
+        *_group(biases, args.bias_learning_rate, 0.0),
+    ]
+
+
+def _group(parameters: list[nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
+    return [{"params": parameters, "lr": rate, "weight_decay": decay}] if parameters else []

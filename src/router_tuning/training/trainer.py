@@ -45,14 +45,14 @@ from router_tuning.training.checks import (
     check_model,
 )
 from router_tuning.training.objectives import Head, distill_loss, head_of, lm_loss, shifted_targets
-from router_tuning.training.optimizer import parameter_groups
+from router_tuning.training.optimizer import input_spread, parameter_groups
 from router_tuning.training.safety import (
     StopRequest,
     last_complete_checkpoint,
     stop_on_interrupt,
 )
 from router_tuning.training.shared_prefix import Prefix, capture_prefix, reuse_prefix
-from router_tuning.training.warm_start import input_spread, is_fresh, warm_start
+from router_tuning.training.warm_start import is_fresh, warm_start
 from router_tuning.units import decoder_of
 
 if TYPE_CHECKING:
@@ -243,14 +243,22 @@ class RouterTrainerMixin(_Trainer):
         return self.optimizer
 
     def _spreads(self) -> dict[str, float]:
-        """How far the units' inputs spread, on the first rows; no random number is drawn."""
         with self.compute_loss_context_manager():
             return input_spread(self.routed, self._first_rows(SPREAD_ROWS))
 
-    def _first_rows(self, number: int) -> dict[str, Tensor]:
-        rows = list(itertools.islice(iter(self.train_dataset), number))  # type: ignore[arg-type]
-        batch: dict[str, Tensor] = self.data_collator(rows)
-        return batch
+    def _first_rows(self, number: int) -> list[dict[str, Tensor]]:
+        """The first training rows, each a batch of its own; none where they hold no token ids.
+
+        Draws no random number of the sampler's. A data set that is a stream is begun once more.
+        """
+        if self.train_dataset is None:
+            return []
+        collate: Any = self.data_collator
+        if self.args.remove_unused_columns:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        rows = itertools.islice(iter(self.train_dataset), number)
+        batches = [collate([row]) for row in rows]
+        return [batch for batch in batches if "input_ids" in batch]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The scheduler of the arguments; the default stays constant and then cools down."""
@@ -295,9 +303,8 @@ class RouterTrainerMixin(_Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with the parts of the loss and what was kept: means since the last log."""
-        if "learning_rate" in logs:  # the first router's, for the spread of its input
-            first = self.optimizer.param_groups[0]  # type: ignore[union-attr]
-            logs["learning_rate"] *= self.args.learning_rate / first["initial_lr"]
+        if "learning_rate" in logs and self.optimizer is not None:  # of the first group
+            logs["learning_rate"] *= self.optimizer.param_groups[0].get("spread", 1.0)
         number = self._sums.pop("number", 0.0)
         if "loss" in logs and number:
             logs.update({name: value / number for name, value in self._sums.items()})
@@ -328,7 +335,7 @@ class RouterTrainerMixin(_Trainer):
         config.calibration, config.default_budget = [], None
         try:
             if checkpoint is None and self.args.warm_start and is_fresh(self.routed):
-                self._warm_start(self.args.warm_start)
+                self._warm_start(self._first_rows(self.args.warm_start))
             with stop_on_interrupt(self._stop):
                 output = super().train(checkpoint, *args, **kwargs)
                 self.stop_if_asked()
@@ -339,14 +346,14 @@ class RouterTrainerMixin(_Trainer):
             if self._use_cache is not None:  # the Trainer switches it off
                 self.routed.config.use_cache = self._use_cache  # type: ignore[union-attr]
 
-    def _warm_start(self, number: int) -> None:
-        """Let the first rows tell the units apart; no random number is drawn."""
-        batch = self._first_rows(number)
+    def _warm_start(self, rows: list[dict[str, Tensor]]) -> None:
+        if not rows:
+            return
         with (
             self.compute_loss_context_manager(),
             logging.tqdm(desc="Warm start", leave=False, disable=self.args.disable_tqdm) as shown,
         ):
-            warm_start(self.routed, batch, lambda done, total: _advance(shown, done, total))
+            warm_start(self.routed, rows, lambda done, total: _advance(shown, done, total))
 
     def stop_if_asked(self) -> None:
         """Turn a Ctrl-C that was pressed during the last step into the exception."""
