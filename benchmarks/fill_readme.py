@@ -22,7 +22,6 @@ NAMES = {
     "all": '`attn_token`, `kv="all"`',
     "sequence": "`attn_sequence`",
     "learned_static": "learned static",
-    "kept_window_cold": '`kv="kept"`, sink 4, window 16, without a warm start',
 }
 
 
@@ -63,7 +62,9 @@ def _quality_table(path: Path, document: dict[str, Any], text: str) -> str:
     for setting in dict.fromkeys(one["setting"] for one in document["runs"]):
         runs = [one for one in document["runs"] if one["setting"] == setting]
         curves = [_curve(one["routed"][text], base["loss"]) for one in runs]
-        lines.append(f"| {NAMES[setting]} | {_cells(curves)} | {len(curves)} |")
+        name = NAMES[setting.removesuffix("_cold")]
+        name += ", without a warm start" if setting.endswith("_cold") else ""
+        lines.append(f"| {name} | {_cells(curves)} | {len(curves)} |")
     for kind in ("cosine", "greedy"):
         rows = document.get("static", {}).get(text, {}).get(kind)
         if rows:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -24,7 +25,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from router_tuning import RouterTuningConfig, save_adapter
 from router_tuning.baselines import StaticDrop, cosine_order, greedy_order
@@ -58,7 +60,7 @@ def main() -> None:
     model = load_model(options.model)
     model.requires_grad_(False)
     material = _material(options, load_tokenizer(options.model))
-    material["teacher"] = _teach(model, material["train"], options.teacher)
+    material["teacher"] = _teach(model, options.model, material["train"], options.teacher)
     document = _update(path, lambda document: _describe(document, options, model))
     if "dense" not in document:
         with torch.no_grad():
@@ -131,11 +133,20 @@ def _material(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 
 def _describe(document: dict[str, Any], options: argparse.Namespace, model: Any) -> None:
     parameter = next(model.parameters())
-    commands = document.get("run", {}).get("commands", [])
-    document["run"] = {
-        "commands": [*commands, shlex.join(["python", *sys.argv])],
+    before = document.get("run", {})
+    tuning = {
         "model": options.model,
+        "steps": options.steps,
         "train_tokens": options.steps * options.batch_size * 256,
+        "budget": options.budget,
+        "distill_positions": options.positions,
+    }
+    changed = [name for name in tuning if name in before and before[name] != tuning[name]]
+    if changed:
+        sys.exit(f"--continue: {', '.join(changed)} differ from the runs that are in the file")
+    document["run"] = {
+        "commands": [*before.get("commands", []), shlex.join(["python", *sys.argv])],
+        **tuning,
         "versions": versions(),
         "device": device_name(parameter.device),
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -203,9 +214,10 @@ def _set_thresholds(routed: Any, windows: Windows, budgets: list[float]) -> None
     where losses are interpolated, so budgets need not be met as after a calibration.
     """
     routed.eval()
+    device = next(routed.parameters()).device
     with torch.no_grad(), record(routed) as trace:
         for ids in windows.ids.split(8):
-            decoder_of(routed)(input_ids=ids, use_cache=False)
+            decoder_of(routed)(input_ids=ids.to(device), use_cache=False)
     free = [
         unit.logits_BT if unit.always_BT is None else unit.logits_BT[~unit.always_BT]
         for forward in trace.forwards
@@ -225,30 +237,47 @@ class _TaughtFromMemory(RouterTrainer):
 
     def teacher(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Prefix]:
         """Last hidden states of these windows."""
-        rows = [self.known[row.numpy().tobytes()] for row in inputs["input_ids"].cpu()]
+        rows = [self.known[_key(ids_L)] for ids_L in inputs["input_ids"]]
         return torch.stack(rows).to(inputs["input_ids"].device), Prefix([])
 
 
-@torch.no_grad()
-def _teach(model: Any, windows: Windows, file: str | None) -> dict[bytes, torch.Tensor]:
-    """Last hidden states of the untouched model: window -> (L, D). Kept in a file if one is given.
+def _teach(model: Any, name: str, windows: Windows, file: str | None) -> dict[bytes, torch.Tensor]:
+    """Last hidden states of the untouched model: window -> (L, D).
 
-    Windows of another run with the same text are the same, so several processes can share it.
+    They are kept in the file, if one is given, for the next run on the same text.
     """
     path = Path(file) if file else None
-    if path is not None and path.exists():
-        stored = load_file(path)
-        hidden_NLD, ids_NL = stored["hidden"], stored["ids"]
-    else:
-        decoder = decoder_of(model).eval()
-        parts = [decoder(input_ids=ids, use_cache=False)[0] for ids in windows.ids.split(8)]
-        hidden_NLD, ids_NL = torch.cat(parts), windows.ids
+    if path is None or not path.exists():
+        hidden_NLD = _last_hidden(model, windows)
         if path is not None:
-            save_file({"hidden": hidden_NLD, "ids": ids_NL}, path)
-    return {
-        ids_L.numpy().tobytes(): hidden_LD
-        for ids_L, hidden_LD in zip(ids_NL, hidden_NLD, strict=True)
-    }
+            temporary = path.with_name(f"{path.name}.{os.getpid()}")
+            stored = {"hidden": hidden_NLD, "ids": windows.ids}
+            save_file(stored, temporary, metadata={"model": name})
+            temporary.replace(path)
+        return _by_window(windows.ids, hidden_NLD)
+    with safe_open(path, "pt") as stored:
+        if (stored.metadata() or {}).get("model") != name:
+            sys.exit(f"--teacher {path} is of another model than {name}; give another file")
+        known = _by_window(stored.get_tensor("ids"), stored.get_tensor("hidden"))
+    if any(_key(ids_L) not in known for ids_L in windows.ids):
+        sys.exit(f"--teacher {path} does not know all of this text; give another file")
+    return known
+
+
+@torch.no_grad()
+def _last_hidden(model: Any, windows: Windows) -> torch.Tensor:
+    decoder = decoder_of(model).eval()
+    device = next(decoder.parameters()).device
+    parts = windows.ids.split(8)
+    return torch.cat([decoder(input_ids=ids.to(device), use_cache=False)[0].cpu() for ids in parts])
+
+
+def _by_window(ids_NL: torch.Tensor, hidden_NLD: torch.Tensor) -> dict[bytes, torch.Tensor]:
+    return {_key(ids_L): x_LD for ids_L, x_LD in zip(ids_NL, hidden_NLD, strict=True)}
+
+
+def _key(ids_L: torch.Tensor) -> bytes:
+    return bytes(ids_L.cpu().numpy().tobytes())
 
 
 def _loss(model: Any, windows: Windows) -> dict[str, Any]:

@@ -530,7 +530,7 @@ def test_eval_compares_with_every_control(home: Path, adapter: Path, tmp_path: P
     assert document["run"]["data"] == {
         "measured": str(home / "plain.txt"),
         "selection": f"held back of {chat}",
-        "learned_static": str(chat),
+        "learned_static": f"{read(adapter / RECORD)['settings']['steps']} steps on {chat}",
     }
     assert "learned" in said.out
 
@@ -551,6 +551,44 @@ def test_eval_takes_a_learned_static_adapter(home: Path, adapter: Path, tmp_path
     assert "wanted an adapter tuned with --router bias" in refused(
         2, "eval", *data, *options, "--learned-static", adapter
     )
+    changed = config_of(static)
+    changed["base"]["fingerprint"] = "0" * 64
+    (static / "adapter_config.json").write_text(json.dumps(changed))
+    assert "wanted the same base model" in refused(
+        2, "eval", *data, *options, "--learned-static", static
+    )
+
+
+def test_eval_chooses_on_what_a_tuning_on_plain_text_held_back(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from router_tuning.cli import controls, material
+
+    out, plain = tmp_path / "out", home / "plain.txt"
+    made: list[Any] = []
+
+    def spy(recipe: Any, *args: Any, **options: Any) -> Any:
+        made.append(prepare(recipe, *args, **options))
+        return made[-1]
+
+    prepare = material.prepare
+    monkeypatch.setattr(material, "prepare", spy)
+    monkeypatch.setattr(controls, "prepare", spy)
+    run("tune", "--model", home / "model", "--data", plain, "--out", out, *FEW)
+    options = ["--length", "32", "--limit", "2", "--budgets", "0.9", "--static-steps", "1"]
+    run("eval", "--adapter", out, "--data", home / "chat.jsonl", "--compare", *options)
+    tuned, chosen = made
+    assert tuned.held_out.ids.tolist() == chosen.held_out.ids.tolist()
+
+
+def test_eval_of_an_adapter_with_a_broken_record(home: Path, own: Path, tmp_path: Path) -> None:
+    (own / RECORD).write_text("{")
+    file = tmp_path / "e.json"
+    options = ["--length", "32", "--limit", "2", "--budgets", "0.75", "--static-steps", "1"]
+    data = ["--data", home / "plain.txt", "--adapter", own, "--compare", "--json", file]
+    said = run("eval", *data, *options, "--selection-data", home / "chat.jsonl")
+    assert "cannot be read" in said.said
+    assert len(read(file)["learned_static"]) == 1
 
 
 def test_eval_leaves_learned_static_out_when_told(
@@ -579,6 +617,8 @@ def test_eval_on_text_of_training_says_so(home: Path, adapter: Path) -> None:
         (["--budgets", "1.2"], "a budget is the fraction"),
         (["--budgets", "nan"], "a budget is the fraction"),
         (["--learned-static", "x"], "go with --compare"),
+        (["--static-steps", "3"], "go with --compare"),
+        (["--compare", "--learned-static", "x", "--static-steps", "3"], "name one"),
     ],
 )
 def test_bad_options_of_eval(home: Path, adapter: Path, options: list[str], words: str) -> None:
@@ -791,6 +831,9 @@ def test_demo_leaves_adapter_numbers_and_figure(home: Path, tmp_path: Path) -> N
     assert "Sampling" not in said_again.said
     assert RouterTuningConfig.from_pretrained(str(out)).calibration == config.calibration
     run(*options)  # again, over its own folder
+    (out / "tune.json").unlink()
+    (out / "demo.json").unlink()
+    run(*options)  # as after Ctrl-C
     (out / "demo.json").unlink()  # now it looks like a tuning of somebody's
     assert "--overwrite" in refused(2, *demo_options(home, out))
     assert (out / "checkpoints").is_dir()

@@ -240,7 +240,7 @@ def _without_cache(given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, A
 
 
 def _thresholds(config: RoutingConfig, budget: Any) -> list[float]:
-    if hasattr(budget, "tolist"):  # a tensor or an array, of any shape
+    if hasattr(budget, "tolist"):  # a tensor or an array
         budget = budget.tolist()
     of_rows = isinstance(budget, Iterable) and not isinstance(budget, str)
     return [threshold_for(config, b) for b in (budget if of_rows else [budget])]
@@ -285,9 +285,9 @@ def _unless_routed(causal_class: type, name: str) -> Callable[..., Any]:
         if routing_of(causal).enabled:
             raise UnsupportedCallError(
                 f"{name} keeps keys in pages, which routing cannot serve; use generate() with a "
-                f"left-padded batch. Without routing it works: inside `with "
-                f"model.disable_adapter():` of a PEFT model, or after routing_of(model).enabled = "
-                f"False (its thread does not see `with dense(model):`)"
+                f"left-padded batch. With the routers off for as long as it runs it works: inside "
+                f"`with model.disable_adapter():` of a PEFT model, or after "
+                f"routing_of(model).enabled = False (its thread does not see `with dense(model):`)"
             )
         return original_method(causal, name)(*args, **kwargs)
 

@@ -94,11 +94,12 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
 
 
-def recipe_of(folder: str) -> Recipe | None:
-    """The text an adapter was tuned on, from the record beside it; None without one."""
+def record_of(folder: str) -> dict[str, Any] | None:
+    """What `tune` or `demo` left beside an adapter; None without it, or where it cannot be read."""
     path = Path(folder) / RECORD
     try:
-        return Recipe(**json.loads(path.read_text(encoding="utf-8"))["recipe"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {**record, "recipe": Recipe(**record["recipe"]), "settings": {**record["settings"]}}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -106,18 +107,21 @@ def recipe_of(folder: str) -> Recipe | None:
         return None
 
 
-def recipe_or_default(folder: str, seed: int) -> Recipe:
-    """The text an adapter was tuned on, or where that is not known answers to shipped prompts."""
-    recipe = recipe_of(folder)
-    if recipe is None:
-        recipe = Recipe(None, 256, 1, SELECTION_WINDOWS, prompts=300, answer_tokens=128, seed=seed)
-        warn(f"no {RECORD} beside the adapter, so fresh answers to shipped prompts are taken")
-    return recipe
+def recipe_of(folder: str) -> Recipe | None:
+    """The text an adapter was tuned on, from the record beside it; None without one."""
+    record = record_of(folder)
+    return None if record is None else record["recipe"]
+
+
+def default_recipe(seed: int) -> Recipe:
+    """The text where an adapter's own is not known: fresh answers to the shipped prompts."""
+    warn(f"no {RECORD} beside the adapter, so fresh answers to shipped prompts are taken")
+    return Recipe(None, 256, 1, SELECTION_WINDOWS, prompts=300, answer_tokens=128, seed=seed)
 
 
 def text_held_back(folder: str, loaded: Loaded, seed: int) -> tuple[Windows, str]:
     """Windows of an adapter's kind of text that it was not tuned on, and their name."""
-    recipe = recipe_or_default(folder, seed)
+    recipe = recipe_of(folder) or default_recipe(seed)
     answers = Path(folder) / WORK / ANSWERS
     windows = held_back(recipe, loaded.model, loaded.tokenizer, answers=answers)
     return windows, f"held back of {recipe.name}"

@@ -7,7 +7,6 @@ of that adapter on the same base model, so no second model is held.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,11 +17,11 @@ from router_tuning.adapter_folder import load_adapter
 from router_tuning.cli import tuning
 from router_tuning.cli.adapters import (
     ANSWERS,
-    RECORD,
     SELECTION_WINDOWS,
     WORK,
     Loaded,
-    recipe_or_default,
+    default_recipe,
+    record_of,
     text_held_back,
 )
 from router_tuning.cli.console import bar
@@ -32,7 +31,7 @@ from router_tuning.config import threshold_for
 from router_tuning.data import Windows, load_examples, make_windows
 from router_tuning.errors import ConfigError
 from router_tuning.evaluation.perplexity import evaluate
-from router_tuning.peft_config import RouterTuningConfig
+from router_tuning.peft_config import RouterTuningConfig, check_weights_file
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Controls:
     """Text on which static dropping is chosen; None: what the adapter's tuning held back."""
     learned_static: str | None
     """A folder with static routers; None: they are tuned."""
-    static_steps: int
-    """Of that tuning, at most; 0 leaves it out."""
+    static_steps: int | None
+    """Of that tuning, at most; None: as many as the adapter's, 0: leave it out."""
     seeds: Sequence[int]
     """Of the random masks."""
 
@@ -78,8 +77,8 @@ def measure(
         return result, {}
     static = None
     if controls.learned_static is not None:
-        _check_static(controls.learned_static, budgets)
-    elif controls.static_steps:
+        _check_static(controls.learned_static, adapter, budgets)
+    elif controls.static_steps != 0 and min(budgets) < 1:
         static = _plan(adapter, loaded, controls)
     selection, chosen_on = _selection(controls, adapter, loaded, windows.ids.shape[1], static)
     with bar(f"Evaluating {windows.num_tokens} tokens, with controls") as progress:
@@ -96,7 +95,8 @@ def measure(
     names = {"selection": chosen_on}
     base = loaded.model.unload()
     if static is not None:
-        routed, names["learned_static"] = _tune(base, static, budgets), static.name
+        names["learned_static"] = f"{static.settings.steps} steps on {static.name}"
+        routed = _tune(base, static, budgets)
     elif controls.learned_static is not None:
         names["learned_static"] = controls.learned_static
         routed = load_adapter(controls.learned_static, base).eval()
@@ -120,24 +120,46 @@ def _selection(
     return text_held_back(adapter, loaded, seed=controls.seeds[0])
 
 
-def _check_static(folder: str, budgets: Sequence[float]) -> None:
-    """ConfigError or BudgetError unless the folder can serve as the control at these budgets."""
+def _check_static(folder: str, adapter: str, budgets: Sequence[float]) -> None:
+    """Before hours of work: whether the folder can serve as the control.
+
+    Raises:
+        ConfigError: its routers are not static, or it belongs to another base model.
+        BudgetError: a budget is not calibrated.
+        AdapterError: its weights are damaged.
+    """
     config = RouterTuningConfig.from_pretrained(folder)
     if config.router != "bias":
         raise ConfigError(
             f"--learned-static {folder} has {config.router} routers; wanted an adapter tuned with "
             f"--router bias"
         )
+    other = RouterTuningConfig.from_pretrained(adapter).base or {}
+    ours = config.base or {}
+    told = ("model_type", "hidden_size", "num_layers", "vocab_size", "fingerprint")
+    if any(ours.get(name) != other.get(name) for name in told):
+        raise ConfigError(
+            f"--learned-static {folder} was tuned on {ours.get('name') or 'another model'}, and "
+            f"{adapter} on {other.get('name') or 'a model without a name'}; wanted the same "
+            f"base model"
+        )
+    check_weights_file(folder)
     for budget in budgets:
         threshold_for(config, budget)
 
 
 def _plan(folder: str, loaded: Loaded, controls: Controls) -> StaticTuning:
-    """The adapter's own tuning with static routers, for fewer steps, and its text."""
-    settings = replace(_settings(folder, loaded.name), router="bias")
-    settings = replace(settings, steps=min(controls.static_steps, settings.steps))
-    recipe = recipe_or_default(folder, seed=controls.seeds[0])
-    recipe = replace(recipe, windows=settings.recipe().windows)
+    """The adapter's own tuning with static routers, on the same text."""
+    record = record_of(folder)
+    settings = replace(_settings(folder, record, loaded.name), router="bias")
+    if controls.static_steps is not None:
+        settings = replace(settings, steps=min(controls.static_steps, settings.steps))
+    if record is None:
+        recipe = replace(
+            default_recipe(controls.seeds[0]), windows=settings.steps * settings.batch_size
+        )
+    else:
+        recipe = record["recipe"]  # whole: what it holds back depends on how much it trains on
     kept = Path(folder) / WORK / ANSWERS
     material = prepare(
         recipe, loaded.model, loaded.tokenizer, answers=kept if kept.is_file() else None
@@ -155,14 +177,13 @@ def _tune(base: Any, static: StaticTuning, budgets: Sequence[float]) -> Any:
     return model
 
 
-def _settings(folder: str, model: str) -> Settings:
+def _settings(folder: str, record: dict[str, Any] | None, model: str) -> Settings:
     """How an adapter was tuned, from the record beside it; without one, from its config."""
-    names = {field.name for field in fields(Settings)}
-    record = Path(folder) / RECORD
-    if record.is_file():
-        found = json.loads(record.read_text(encoding="utf-8")).get("settings", {})
+    if record is not None:
+        found = record["settings"]
     else:
         config = RouterTuningConfig.from_pretrained(folder)
         layers = None if config.layers is None else ",".join(map(str, config.layers))
         found = {**vars(config), "layers": layers}
+    names = {field.name for field in fields(Settings)}
     return Settings(**{k: v for k, v in found.items() if k in names} | {"model": model})

@@ -76,6 +76,7 @@ def demo(
     """
     started = time.time()
     wanted = budgets_in(budgets)
+    from router_tuning.cli.adapters import RECORD
     from router_tuning.cli.tuning import Settings
 
     settings = Settings(
@@ -99,6 +100,7 @@ def demo(
     result["run"] = run_record(
         ctx, started=started, model=result.pop("model"), seeds=[seed], data=result.pop("data")
     )
+    write_json(out / RECORD, result.pop("record"))
     write_json(out / RESULT, result)
     if json_file is not None:
         write_json(json_file, result)
@@ -116,7 +118,7 @@ def _run(
     """All the steps; returns the result."""
     from router_tuning.adapter_folder import save_adapter
     from router_tuning.cli import tuning
-    from router_tuning.cli.adapters import ANSWERS, RECORD, WORK, load_base
+    from router_tuning.cli.adapters import ANSWERS, WORK, load_base
     from router_tuning.cli.comparison import compare, demo_text
     from router_tuning.report.figures import loss_figure
 
@@ -128,8 +130,6 @@ def _run(
     tuning.calibrate_what_can_be_met(model, text.material.held_out, budgets)
     tuning.choose_default(model, settings.budget)
     save_adapter(model, out)
-    record = {"format": 1, "finished": True, "settings": asdict(settings)}
-    write_json(out / RECORD, {**record, "recipe": asdict(text.recipe)})
     calibrated = tuning.calibrated_budgets(model)
     result = compare(model, text, calibrated, settings.seed)
     loss_figure(
@@ -138,7 +138,13 @@ def _run(
         f"{settings.model}: attention skipped, {_tokens(result)} tokens of text",
     )
     result["answers"] = _answers(model, base, prompt, calibrated, max_new_tokens, settings.seed)
-    return {**result, "model": model, "data": text.names}
+    record = {"format": 1, "finished": True, "settings": asdict(settings)}
+    return {
+        **result,
+        "model": model,
+        "data": text.names,
+        "record": {**record, "recipe": asdict(text.recipe)},
+    }
 
 
 def _answers(

@@ -69,13 +69,14 @@ def evaluate(
         ),
     ] = None,
     static_steps: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--static-steps",
             min=0,
-            help="With --compare: steps of that tuning, at most; 0 leaves the control out.",
+            help="With --compare: steps of that tuning, at most (default: as many as the "
+            "adapter's); 0 leaves the control out.",
         ),
-    ] = 40,
+    ] = None,
     masks: Annotated[
         int, typer.Option("--masks", min=1, help="With --compare: random masks to average over.")
     ] = 1,
@@ -95,8 +96,10 @@ def evaluate(
     """
     started = time.time()
     wanted = budgets_in(budgets)
-    if not compare and (selection_data or learned_static):
-        raise ConfigError("--selection-data and --learned-static go with --compare")
+    if not compare and (selection_data or learned_static or static_steps is not None):
+        raise ConfigError("--selection-data, --learned-static and --static-steps go with --compare")
+    if learned_static is not None and static_steps is not None:
+        raise ConfigError("--static-steps tunes the control that --learned-static gives: name one")
     from router_tuning.cli.adapters import load_routed
     from router_tuning.cli.controls import Controls, measure
     from router_tuning.data import load_examples, make_windows
