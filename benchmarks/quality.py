@@ -145,13 +145,18 @@ def _describe(document: dict[str, Any], options: argparse.Namespace, model: Any)
     if changed:
         sys.exit(f"--continue: {', '.join(changed)} differ from the runs that are in the file")
     document["run"] = {
-        "commands": [*before.get("commands", []), shlex.join(["python", *sys.argv])],
+        "commands": [*before.get("commands", []), shlex.join(["python", *map(_shown, sys.argv)])],
         **tuning,
         "versions": versions(),
         "device": device_name(parameter.device),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
+
+
+def _shown(argument: str) -> str:
+    """Without the folder of an absolute path, which says nothing elsewhere."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _run(
