@@ -126,6 +126,15 @@ def test_too_little_text_is_told_of_with_how_little_it_was() -> None:
     assert routing_of(model).config.calibration is entries
 
 
+def test_calibrate_warns_where_it_was_called(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = bare_model("llama")
+    attach(model, RoutingConfig())
+    text = [Example(messages=None, text=" ".join(SENTENCES * 20))]
+    with pytest.warns(UserWarning, match=r"budget 0\.8 was missed") as told:
+        calibrate(model, tokenizer, text, (0.8,), max_windows=1)
+    assert [t.filename for t in told] == [__file__]
+
+
 def test_static_routers_are_not_told_that_they_keep_whole_units() -> None:
     model = bare_model("llama")
     attach(model, RoutingConfig(router="bias"))

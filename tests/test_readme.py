@@ -14,7 +14,7 @@ from tiny import SENTENCES, tiny_model
 README = Path(__file__).parents[1] / "README.md"
 IN_PLACE_OF = {  # what the README writes, and what a tiny run on a CPU needs
     '"smollm2-135m"': '"base"',
-    "max_steps=120": "max_steps=3, use_cpu=True, report_to=[], disable_tqdm=True",
+    "max_steps=120": "max_steps=30, use_cpu=True, report_to=[], disable_tqdm=True",
     "max_new_tokens=32": "max_new_tokens=4",
 }
 
@@ -38,6 +38,6 @@ def test_readme_python_runs(
     Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names: dict[str, object] = {}
     exec(compile(readme_python(), str(README), "exec"), names)
-    assert names["trace"].kept_fraction() <= 1  # type: ignore[attr-defined]
+    assert names["trace"].kept_fraction() < 1  # type: ignore[attr-defined]
     adapter = {path.name for path in Path("adapter").iterdir()}
     assert adapter == {"adapter_config.json", "adapter_model.safetensors", "README.md"}

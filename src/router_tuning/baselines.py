@@ -177,12 +177,12 @@ def greedy_order(
             f"asked to drop {num} units, but only {len(routing_of(model).units)} are routed"
         )
     dropped: list[str] = []
+    decoder = decoder_of(model)
     ids = windows.ids.to(_device(model))
     units = routing_of(model).units
     done, total = 0, sum(len(units) - i for i in range(num))
     for _ in range(num):
         losses: dict[str, float] = {}
-        decoder = decoder_of(model)
         with (
             torch.no_grad(),
             decided_by(model, StaticDrop(dropped)),

@@ -30,6 +30,7 @@ from router_tuning.units import decoder_of
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 TOLERANCE = 0.004
 MAX_PASSES = 5
+BATCH_SIZE = 8
 WORTH_A_WARNING = 0.02
 """A budget that is missed by more than this is told of."""
 
@@ -51,7 +52,9 @@ def calibrate(
     """
     wanted = _wanted(budgets)  # refused before the text is read
     windows = make_windows(tokenizer, list(held_out), limit=max_windows)
-    return calibrate_windows(model, windows, wanted, progress=progress)
+    entries = _calibrated(model, windows, wanted, BATCH_SIZE, progress)
+    _warn_of_misses(model, windows)
+    return entries
 
 
 def calibrate_windows(
@@ -59,7 +62,7 @@ def calibrate_windows(
     windows: Windows,
     budgets: Sequence[float] = BUDGETS,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Find one threshold a budget and put them into the config's `calibration`, replacing what was
@@ -73,7 +76,18 @@ def calibrate_windows(
         BudgetError: no list of budgets, none in it, one out of (0, 1), or below what always runs.
         DataError: there are no windows.
     """
-    wanted = _wanted(budgets)
+    entries = _calibrated(model, windows, _wanted(budgets), batch_size, progress)
+    _warn_of_misses(model, windows)
+    return entries
+
+
+def _calibrated(
+    model: nn.Module,
+    windows: Windows,
+    wanted: list[float],
+    batch_size: int,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
     if not len(windows):
         raise DataError("there are no windows to calibrate on; wanted at least one")
     config = routing_of(model).config
@@ -91,12 +105,17 @@ def calibrate_windows(
         raise
     config.calibration = sorted(entries, key=lambda e: float(e["budget"]))
     config.default_budget = before[1]
-    # Routers of one number a unit keep whole units, so they can seldom come nearer than one.
-    unit = 1 / routing_of(model).num_units_of_kind if config.router == "bias" else 0.0
-    for entry in config.calibration:
-        if _miss(entry) > max(WORTH_A_WARNING, unit):
-            warnings.warn(_why_missed(entry, windows), stacklevel=2)
     return config.calibration
+
+
+def _warn_of_misses(model: nn.Module, windows: Windows) -> None:
+    """Warn in the name of whoever called the caller."""
+    routing = routing_of(model)
+    # Routers of one number a unit keep whole units, so they can seldom come nearer than one.
+    unit = 1 / routing.num_units_of_kind if routing.config.router == "bias" else 0.0
+    for entry in routing.config.calibration:
+        if _miss(entry) > max(WORTH_A_WARNING, unit):
+            warnings.warn(_why_missed(entry, windows), stacklevel=3)
 
 
 def _wanted(budgets: Sequence[float]) -> list[float]:

@@ -102,10 +102,18 @@ def measure(
         routed = load_adapter(controls.learned_static, base).eval()
     else:
         return result, names
-    met = [b for b in budgets if tuning.is_calibrated(routed, b)]
+    return {**result, "learned_static": _rows(routed, windows, budgets, batch_size)}, names
+
+
+def _rows(
+    model: Any, windows: Windows, budgets: Sequence[float], batch_size: int
+) -> list[dict[str, Any]]:
+    """An adapter's rows, at those of the budgets that it can serve."""
+    met = [b for b in budgets if tuning.is_calibrated(model, b)]
     with bar("Evaluating learned static dropping") as progress:
-        rows = evaluate(routed, windows, met, batch_size=batch_size, progress=progress)["routed"]
-    return {**result, "learned_static": rows}, names
+        result = evaluate(model, windows, met, batch_size=batch_size, progress=progress)
+    rows: list[dict[str, Any]] = result["routed"]
+    return rows
 
 
 def _selection(

@@ -26,12 +26,11 @@ from router_tuning.execution.context import dense, record, routing_of
 from router_tuning.peft_config import RouterTuningConfig
 from router_tuning.training.safety import last_complete_checkpoint
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
-from router_tuning.training.warm_start import warm_start
+from router_tuning.training.warm_start import ROWS, warm_start
 from router_tuning.units import decoder_of
 
 OBJECTIVE_WINDOWS = 8
 """Held-out windows of an evaluation during training: enough for a trend."""
-WARM_START_WINDOWS = 2
 EVALUATIONS = 4
 """How often a training looks at held-out text."""
 
@@ -126,7 +125,7 @@ def train(
     """
     checkpoint = last_complete_checkpoint(str(out / WORK))
     if checkpoint is None:
-        rows = material.train.take(range(min(WARM_START_WINDOWS, len(material.train))))
+        rows = material.train.take(range(min(ROWS, len(material.train))))
         with bar("Running without each layer in turn") as progress:
             warm_start(model, [{"input_ids": ids} for ids in rows.ids.split(1)], progress)
     arguments = _arguments(model, settings, out, evaluate, save_every)

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from router_tuning.config import check_budget
 from router_tuning.errors import ConfigError
+from router_tuning.training.warm_start import ROWS
 
 OBJECTIVES = ("distill", "lm")
 
@@ -53,7 +54,7 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     warm_start: int = field(
-        default=2,
+        default=ROWS,
         metadata={
             "help": "Fresh routers begin with what the model loses without each unit alone, as "
             "measured on so many training rows; 0 begins with all units alike."

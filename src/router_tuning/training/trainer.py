@@ -52,7 +52,7 @@ from router_tuning.training.safety import (
     stop_on_interrupt,
 )
 from router_tuning.training.shared_prefix import Prefix, capture_prefix, reuse_prefix
-from router_tuning.training.warm_start import is_fresh, warm_start
+from router_tuning.training.warm_start import ROWS, is_fresh, warm_start
 from router_tuning.units import decoder_of
 
 if TYPE_CHECKING:
@@ -61,9 +61,6 @@ else:
     _Trainer = object
 
 __all__ = ["RouterTrainer", "RouterTrainerMixin", "RouterTrainingArguments"]
-
-SPREAD_ROWS = 2
-"""Training rows on which the spread of the routers' inputs is measured."""
 
 
 class RouterTrainerMixin(_Trainer):
@@ -244,7 +241,7 @@ class RouterTrainerMixin(_Trainer):
 
     def _spreads(self) -> dict[str, float]:
         with self.compute_loss_context_manager():
-            return input_spread(self.routed, self._first_rows(SPREAD_ROWS))
+            return input_spread(self.routed, self._first_rows(ROWS))
 
     def _first_rows(self, number: int) -> list[dict[str, Tensor]]:
         """The first training rows, each a batch of its own; none where they hold no token ids.

@@ -30,6 +30,8 @@ Progress = Callable[[int, int], None]
 Inputs = Mapping[str, Tensor]
 """What a forward gets, without labels: "input_ids" (B, T), and "attention_mask" where padded."""
 
+ROWS = 2
+"""Training rows that are looked at before the first step: a few hundred tokens tell units apart."""
 LOW = 0.1
 """Quantile of the harms that keeps the fresh logit: a tenth of the units, to be skipped first."""
 
@@ -85,15 +87,15 @@ def harm_without(
         real_BT = real_tokens(given)
         tokens += int(real_BT.sum())
         with evaluation_mode(model):
-            with dense(model):
-                teacher_ND, states = _hidden(decoder, given, real_BT)
+            with dense(model), entering_states(decoder) as states:
+                teacher_ND = _hidden(decoder, given, real_BT)
             for done, unit in enumerate(routing_of(model).units, start=1):
                 first = unit.layer_idx
                 with (
                     decided_by(model, StaticDrop([unit.name])),
                     run_from(decoder, first, states[first]),
                 ):
-                    student_ND, _ = _hidden(decoder, given, real_BT)
+                    student_ND = _hidden(decoder, given, real_BT)
                 kl = float(distill_loss(student_ND, teacher_ND, head))
                 sums[unit.name] += kl * len(teacher_ND)
                 if progress is not None:
@@ -101,12 +103,10 @@ def harm_without(
     return {name: total / max(tokens, 1) for name, total in sums.items()}
 
 
-def _hidden(decoder: Any, given: Inputs, real_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Last hidden states of the real tokens (N, D), and what entered each layer (B, T, D)."""
-    with entering_states(decoder) as states:
-        output = decoder(**given, use_cache=False)
-    chosen_ND: Tensor = output[0][real_BT]
-    return chosen_ND, states
+def _hidden(decoder: Any, given: Inputs, real_BT: Tensor) -> Tensor:
+    """Last hidden states of the real tokens (N, D)."""
+    chosen_ND: Tensor = decoder(**given, use_cache=False)[0][real_BT]
+    return chosen_ND
 
 
 def on_device(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
