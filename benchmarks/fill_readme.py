@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 KEPT = (0.9, 0.85, 0.8, 0.75, 0.7)
+MEASURES = {"loss": "all tokens", "answer_loss": "answers"}
 NAMES = {
     "kept": '`attn_token`, `kv="kept"`',
     "kept_window": '`attn_token`, `kv="kept"`, sink 4, window 16',
@@ -45,31 +46,45 @@ def main() -> int:
 
 def _quality(path: Path) -> str:
     document = json.loads(path.read_text())
-    return "\n\n".join(_quality_table(path, document, name) for name in document["dense"])
+    return "\n\n".join(
+        _quality_table(path, document, text, measure)
+        for text, base in document["dense"].items()
+        for measure in MEASURES
+        if base[measure] is not None
+    )
 
 
-def _quality_table(path: Path, document: dict[str, Any], text: str) -> str:
+def _quality_table(path: Path, document: dict[str, Any], text: str, measure: str) -> str:
     run, base = document["run"], document["dense"][text]
     lines = [
-        f"**{run['model']}, {text}** ({base['tokens']} tokens, dense loss {base['loss']:.3f}; "
-        "tuned on "
-        f"{run['train_tokens']} tokens; {run['device']}, {run['dtype']}; "
+        f"**{run['model']}, {text}, {MEASURES[measure]}** ({base['tokens']} tokens, dense loss "
+        f"{base[measure]:.3f}; {run['device']}, {run['dtype']}; "
         f"[{path.name}](benchmarks/results/{path.name})). Extra loss in nats a token:",
         "",
-        "| kept | " + " | ".join(f"{kept:.2f}" for kept in KEPT) + " | seeds |",
-        "|---|" + "---|" * (len(KEPT) + 1),
+        "| kept | " + " | ".join(f"{kept:.2f}" for kept in KEPT) + " | tuned on | seeds |",
+        "|---|" + "---|" * (len(KEPT) + 2),
     ]
-    for setting in dict.fromkeys(one["setting"] for one in document["runs"]):
-        runs = [one for one in document["runs"] if one["setting"] == setting]
-        curves = [_curve(one["routed"][text], base["loss"]) for one in runs]
-        name = NAMES[setting.removesuffix("_cold")]
-        name += ", without a warm start" if setting.endswith("_cold") else ""
-        lines.append(f"| {name} | {_cells(curves)} | {len(curves)} |")
+    for runs in _groups(document["runs"]):
+        curves = [_curve(one["routed"][text], measure, base) for one in runs]
+        tokens = runs[0]["tuning"]["train_tokens"]
+        lines.append(
+            f"| {NAMES[runs[0]['setting']]} | {_cells(curves)} | {tokens:,} | {len(curves)} |"
+        )
     for kind in ("cosine", "greedy"):
         rows = document.get("static", {}).get(text, {}).get(kind)
         if rows:
-            lines.append(f"| static, {kind} | {_cells([_curve(rows, base['loss'])])} | - |")
+            curve = _curve(rows, measure, base)
+            lines.append(f"| static, {kind} | {_cells([curve])} | - | - |")
     return "\n".join(lines)
+
+
+def _groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Runs that differ by their seed alone."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        key = json.dumps([run["setting"], run["tuning"]], sort_keys=True)
+        found.setdefault(key, []).append(run)
+    return list(found.values())
 
 
 def _demo(path: Path) -> str:
@@ -101,9 +116,12 @@ def _demo(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _curve(rows: list[dict[str, Any]], dense: float) -> list[tuple[float, float]]:
+def _curve(
+    rows: list[dict[str, Any]], measure: str, base: dict[str, Any]
+) -> list[tuple[float, float]]:
     """Points (kept fraction, extra loss) in order, the dense model included."""
-    return sorted([(row["kept_fraction"], row["loss"] - dense) for row in rows] + [(1.0, 0.0)])
+    points = [(row["kept_fraction"], row[measure] - base[measure]) for row in rows]
+    return sorted([*points, (1.0, 0.0)])
 
 
 def _cells(curves: list[list[tuple[float, float]]]) -> str:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from router_tuning.cli.records import device_name, peak_rss_mb, versions, write_
 from router_tuning.data import WindowDataset, Windows, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
 from router_tuning.evaluation.perplexity import window_loss
-from router_tuning.execution.context import decided_by, record, routing_of
+from router_tuning.execution.context import decided_by, record, routers_of, routing_of
 from router_tuning.training.shared_prefix import Prefix
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 from router_tuning.units import decoder_of
@@ -46,9 +47,36 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sequence": {"granularity": "attn_sequence", "kv": "all"},
     "learned_static": {"granularity": "attn_token", "kv": "all", "router": "bias"},
 }
-SWEEP = [0.93, 0.88, 0.82, 0.76, 0.7, 0.63]
-COLD = "_cold"
-"""End of a setting's name: the same without a warm start."""
+SWEEP = [0.92, 0.87, 0.81, 0.76, 0.7]
+TOLD = (
+    "objective",
+    "learning_rate",
+    "bias_learning_rate",
+    "lr_scheduler_type",
+    "cooldown_fraction",
+    "max_grad_norm",
+    "budget_weight",
+    "budget_momentum",
+    "anneal_fraction",
+    "threshold_range",
+    "warm_start",
+)
+"""Arguments of a training whose defaults a result names."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share: one frozen model to train on and one to measure with, and the text."""
+
+    options: argparse.Namespace
+    trained: Any
+    """In the training dtype."""
+    measured: Any
+    """In float32; the same object where training is in float32 too."""
+    train: Windows
+    held_back: Windows
+    report: dict[str, Windows]
+    teacher: dict[bytes, torch.Tensor]
 
 
 def main() -> None:
@@ -57,25 +85,21 @@ def main() -> None:
     if not options.resume:
         path.unlink(missing_ok=True)
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    model = load_model(options.model)
-    model.requires_grad_(False)
-    material = _material(options, load_tokenizer(options.model))
-    material["teacher"] = _teach(model, options.model, material["train"], options.teacher)
-    document = _update(path, lambda document: _describe(document, options, model))
+    bench = _prepare(options)
+    document = _update(path, lambda document: _describe(document, bench))
     if "dense" not in document:
-        with torch.no_grad():
-            dense = {name: _loss(model, windows) for name, windows in material["report"].items()}
+        dense = {name: _loss(bench.measured, windows) for name, windows in bench.report.items()}
         _say("dense", dense)
         _update(path, lambda document: document.update(dense=dense))
-    done = {(run["setting"], run["seed"]) for run in document["runs"]}
+    if options.static and "static" not in document:
+        static = _static(bench)
+        _update(path, lambda document: document.update(static=static))
+    done = [(run["setting"], run["seed"], run["tuning"]) for run in document["runs"]]
     for seed in options.seeds:
         for setting in options.settings:
-            if (setting, seed) not in done:
-                run = _run(options, model, material, setting, seed)
+            if (setting, seed, _tuning(options)) not in done:
+                run = _run(bench, setting, seed)
                 _update(path, lambda document, run=run: document["runs"].append(run))
-    if options.static and "static" not in document:
-        static = _static(options, model, material)
-        _update(path, lambda document: document.update(static=static))
 
 
 def _update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -92,14 +116,23 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--train", required=True)
     parser.add_argument("--report", action="append", required=True, metavar="NAME=FILE")
-    parser.add_argument("--settings", type=lambda s: s.split(","), default=list(SETTINGS))
+    parser.add_argument("--settings", type=lambda s: [n for n in s.split(",") if n], default=[])
     parser.add_argument("--seeds", type=_numbers(int), default=[0])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--budget", type=float, default=0.75)
     parser.add_argument("--budgets", type=_numbers(float), default=SWEEP)
-    parser.add_argument("--positions", type=float, default=0.5)
-    parser.add_argument("--held-back-windows", type=int, default=8, help="for thresholds, orders")
+    parser.add_argument("--positions", type=float, default=0.25)
+    parser.add_argument("--dtype", default="float32", help="of the training; losses are float32")
+    parser.add_argument("--attention", default="sdpa", help="implementation, in training")
+    parser.add_argument(
+        "--argument",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="an argument of RouterTrainingArguments that is not the default's",
+    )
+    parser.add_argument("--held-back-windows", type=int, default=16, help="for thresholds, orders")
     parser.add_argument("--report-windows", type=int, default=32)
     parser.add_argument("--static", type=_numbers(int), default=[], help="numbers of units to drop")
     parser.add_argument("--greedy-windows", type=int, default=4, help="0 leaves it out: slow")
@@ -108,79 +141,91 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--save", metavar="DIR", help="keep the adapters there")
     parser.add_argument("--json", required=True)
     parser.add_argument("--continue", dest="resume", action="store_true")
-    return parser.parse_args()
+    options = parser.parse_args()
+    given = (item.partition("=") for item in options.argument)
+    options.argument = {name: json.loads(value) for name, _, value in given}
+    return options
 
 
 def _numbers(kind: type) -> Any:
     return lambda text: [kind(part) for part in text.split(",") if part]
 
 
-def _material(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+def _prepare(options: argparse.Namespace) -> Bench:
     """Windows to train on, to calibrate and choose on, and to report on: never the same text."""
-    needed = options.steps * options.batch_size + options.held_back_windows
-    windows = make_windows(tokenizer, load_examples(options.train), limit=needed)
-    held = range(len(windows) - options.held_back_windows, len(windows))
+    measured = load_model(options.model, dtype=torch.float32).requires_grad_(False)
+    trained = measured
+    if options.dtype != "float32" or options.attention != "sdpa":
+        dtype = getattr(torch, options.dtype)
+        trained = load_model(options.model, dtype=dtype).requires_grad_(False)
+        trained.set_attn_implementation(options.attention)
+    tokenizer = load_tokenizer(options.model)
+    examples = load_examples(options.train)
+    held = max(len(examples) // 20, 1)  # the last of them: as training grows, they stay
     report = {}
     for item in options.report:
         name, _, file = item.partition("=")
         report[name] = make_windows(tokenizer, load_examples(file), limit=options.report_windows)
-    return {
-        "train": windows.take(range(held.start)),
-        "held_back": windows.take(held),
-        "report": report,
-    }
+    needed = options.steps * options.batch_size if options.settings else 1
+    train = make_windows(tokenizer, examples[:-held], limit=needed)
+    return Bench(
+        options,
+        trained,
+        measured,
+        train,
+        make_windows(tokenizer, examples[-held:], limit=options.held_back_windows),
+        report,
+        _teach(trained, options.model, train, options.teacher) if options.settings else {},
+    )
 
 
-def _describe(document: dict[str, Any], options: argparse.Namespace, model: Any) -> None:
-    parameter = next(model.parameters())
-    before = document.get("run", {})
-    tuning = {
+def _describe(document: dict[str, Any], bench: Bench) -> None:
+    """Who runs what on what; refuses to mix runs that were measured differently."""
+    options, before = bench.options, document.get("run", {})
+    measured = {
         "model": options.model,
-        "steps": options.steps,
-        "train_tokens": options.steps * options.batch_size * 256,
-        "budget": options.budget,
-        "distill_positions": options.positions,
+        "report_windows": options.report_windows,
+        "held_back_windows": options.held_back_windows,
+        "dtype": "float32",
+        "device": device_name(next(bench.measured.parameters()).device),
+        "versions": versions(),
     }
-    changed = [name for name in tuning if name in before and before[name] != tuning[name]]
+    changed = [name for name in measured if name in before and before[name] != measured[name]]
     if changed:
         sys.exit(f"--continue: {', '.join(changed)} differ from the runs that are in the file")
-    document["run"] = {
-        "commands": [*before.get("commands", []), shlex.join(["python", *map(_shown, sys.argv)])],
-        **tuning,
-        "versions": versions(),
-        "device": device_name(parameter.device),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }
+    command = shlex.join(["python", *map(_shown, sys.argv)])
+    document["run"] = {"commands": [*before.get("commands", []), command], **measured}
 
 
 def _shown(argument: str) -> str:
     """Without the folder of an absolute path, which says nothing elsewhere."""
-    return Path(argument).name if argument.startswith("/") else argument
+    name, equals, value = argument.rpartition("=")
+    return f"{name}{equals}{Path(value).name}" if value.startswith("/") else argument
 
 
-def _run(
-    options: argparse.Namespace, model: Any, material: dict[str, Any], setting: str, seed: int
-) -> dict[str, Any]:
+def _run(bench: Bench, setting: str, seed: int) -> dict[str, Any]:
     """Tune one adapter and sweep it over thresholds."""
     torch.manual_seed(seed)
     started = time.time()
-    config = SETTINGS[setting.removesuffix(COLD)]
-    routed = get_peft_model(model, RouterTuningConfig(budget=options.budget, **config))
-    log = _train(options, routed, material, seed, cold=setting.endswith(COLD))
+    options, config = bench.options, SETTINGS[setting]
+    tuned = get_peft_model(bench.trained, RouterTuningConfig(budget=options.budget, **config))
+    log = _train(bench, tuned, seed)
     trained = time.time()
-    _set_thresholds(routed, material["held_back"], options.budgets)
+    routed = _in_float32(bench, tuned, config)
+    _set_thresholds(routed, bench.held_back, options.budgets)
     run = {
         "setting": setting,
         "config": config,
         "seed": seed,
+        "tuning": _tuning(options),
+        "tuning_seconds": round(trained - started, 1),
+        "threads": torch.get_num_threads(),
         "trainable": sum(p.numel() for p in routed.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "training_seconds": round(trained - started, 1),
+        "parameters": sum(p.numel() for p in bench.measured.parameters()),
         "log": log,
         "routed": {
-            name: [_row(routed, w, b) for b in options.budgets]
-            for name, w in material["report"].items()
+            name: [_row(routed, windows, budget) for budget in options.budgets]
+            for name, windows in bench.report.items()
         },
         "peak_rss_mb": peak_rss_mb(),
     }
@@ -192,9 +237,27 @@ def _run(
     return run
 
 
-def _train(
-    options: argparse.Namespace, routed: Any, material: dict[str, Any], seed: int, cold: bool
-) -> list[dict[str, Any]]:
+def _tuning(options: argparse.Namespace) -> dict[str, Any]:
+    """What of the options decides a tuning, beside its setting and its seed."""
+    return {
+        "steps": options.steps,
+        "train_tokens": options.steps * options.batch_size * 256,
+        "batch_size": options.batch_size,
+        "budget": options.budget,
+        "distill_positions": options.positions,
+        "dtype": options.dtype,
+        "attention": options.attention,
+        **{
+            field.name: field.default
+            for field in fields(RouterTrainingArguments)
+            if field.name in TOLD
+        },
+        **options.argument,
+    }
+
+
+def _train(bench: Bench, routed: Any, seed: int) -> list[dict[str, Any]]:
+    options = bench.options
     with tempfile.TemporaryDirectory() as folder:
         arguments = RouterTrainingArguments(
             output_dir=folder,
@@ -204,14 +267,23 @@ def _train(
             seed=seed,
             save_strategy="no",
             use_cpu=not torch.cuda.is_available(),
-            **({"warm_start": 0} if cold else {}),
+            **options.argument,
         )
-        trainer = _TaughtFromMemory(
-            routed, arguments, train_dataset=WindowDataset(material["train"])
-        )
-        trainer.known = material["teacher"]
+        trainer = _TaughtFromMemory(routed, arguments, train_dataset=WindowDataset(bench.train))
+        trainer.known = bench.teacher
         trainer.train()
     return [entry for entry in trainer.state.log_history if "kept" in entry]
+
+
+def _in_float32(bench: Bench, tuned: Any, config: dict[str, Any]) -> Any:
+    """The tuned routers on the model that losses are measured with."""
+    if bench.trained is bench.measured:
+        return tuned
+    routed = get_peft_model(bench.measured, RouterTuningConfig(**config))
+    for name, router in routers_of(tuned).items():
+        routers_of(routed)[name].load_state_dict(router.state_dict())
+    tuned.unload()
+    return routed
 
 
 def _set_thresholds(routed: Any, windows: Windows, budgets: list[float]) -> None:
@@ -285,39 +357,34 @@ def _key(ids_L: torch.Tensor) -> bytes:
     return bytes(ids_L.cpu().numpy().tobytes())
 
 
-def _loss(model: Any, windows: Windows) -> dict[str, Any]:
-    result = window_loss(model, windows)
+def _loss(model: Any, windows: Windows, budget: float | None = None) -> dict[str, Any]:
+    result = window_loss(model, windows, budget=budget)
     return {"loss": result.loss, "answer_loss": result.answer_loss, "tokens": result.tokens}
 
 
 def _row(model: Any, windows: Windows, budget: float) -> dict[str, Any]:
     with record(model) as trace:
-        result = window_loss(model, windows, budget=budget)
-    return {
-        "budget": budget,
-        "kept_fraction": trace.kept_fraction(),
-        "loss": result.loss,
-        "answer_loss": result.answer_loss,
-    }
+        losses = _loss(model, windows, budget)
+    return {"budget": budget, "kept_fraction": trace.kept_fraction(), **losses}
 
 
-def _static(options: argparse.Namespace, model: Any, material: dict[str, Any]) -> dict[str, Any]:
+def _static(bench: Bench) -> dict[str, Any]:
     """Both static controls, at whole numbers of dropped units."""
-    routed = get_peft_model(model, RouterTuningConfig(kv="all"))
-    held = material["held_back"]
+    options, held = bench.options, bench.held_back
+    routed = get_peft_model(bench.measured, RouterTuningConfig(kv="all"))
     orders = {"cosine": cosine_order(routed, held)}
     if options.greedy_windows:
         few = held.take(range(options.greedy_windows))
         orders["greedy"] = greedy_order(routed, few, max(options.static))
-    found: dict[str, Any] = {"orders": orders}
-    for name, windows in material["report"].items():
+    found: dict[str, Any] = {"orders": orders, "greedy_windows": options.greedy_windows}
+    for name, windows in bench.report.items():
         found[name] = {}
         for kind, order in orders.items():
             rows = []
             for number in options.static:
                 with decided_by(routed, StaticDrop(order[:number])), record(routed) as trace:
-                    loss = window_loss(routed, windows, budget=1.0).loss
-                rows.append({"units": number, "kept_fraction": trace.kept_fraction(), "loss": loss})
+                    losses = _loss(routed, windows, budget=1.0)
+                rows.append({"units": number, "kept_fraction": trace.kept_fraction(), **losses})
             found[name][kind] = rows
             _say(f"static {kind}", {name: rows})
     routed.unload()

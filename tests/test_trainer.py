@@ -24,7 +24,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from router_tuning.attach import attach
 from router_tuning.config import RoutingConfig
 from router_tuning.errors import BudgetError, ConfigError, TrainingError, UnsupportedCallError
-from router_tuning.execution.context import ROUTER_CHILD, dense, record, routing_of
+from router_tuning.execution.context import (
+    CONTEXT_KEY,
+    ROUTER_CHILD,
+    dense,
+    record,
+    routing_of,
+)
 from router_tuning.peft_config import RouterTuningConfig
 from router_tuning.training.safety import last_complete_checkpoint
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
@@ -87,7 +93,7 @@ def trainer_of(
         "logging_steps": 1,
         "save_steps": 4,
         "warm_start": 0,
-        "learning_rate": 1e-2,
+        "threshold_range": 0.0,  # all rows alike, so that every loss can be worked out again
     }
     given = {**defaults, "use_cpu": True, "disable_tqdm": True, **fields}
     args = RouterTrainingArguments(output_dir=str(folder), **given)
@@ -161,6 +167,44 @@ def test_kept_meets_the_budget_from_both_sides(
     kept = [k for (k,) in logged(trainer, "kept")]
     assert kept[0] == 1.0 if start == "all kept" else kept[0] < 0.7
     assert sum(kept[-10:]) / 10 == pytest.approx(0.7, abs=0.05)
+
+
+def test_every_second_row_learns_a_larger_budget(tmp_path: Path) -> None:
+    model = awake(routed())
+    trainer = trainer_of(model, tmp_path, threshold_range=2.0, save_strategy="no")
+    trainer.state.max_steps = 8
+    seen: list[Tensor] = []
+
+    def look(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if CONTEXT_KEY in kwargs:  # the teacher's forward has none
+            seen.append(kwargs[CONTEXT_KEY].threshold_B1[:, 0])
+
+    decoder_layers(decoder_of(model))[0].register_forward_pre_hook(look, with_kwargs=True)
+    for step in (5, 5, 6):
+        trainer.state.global_step, trainer._micro_batch = step, 0
+        trainer.compute_loss(model, batch_of(rows(5)))
+    with torch.no_grad():
+        trainer.compute_loss(model, batch_of(rows(5)))
+    first_B, again_B, later_B, evaluated_B = seen
+    assert first_B[::2].tolist() == [0.0] * 3
+    assert all(-2 <= threshold < 0 for threshold in first_B[1::2])
+    assert torch.equal(first_B, again_B)  # as a resumed training would draw
+    assert not torch.equal(first_B, later_B)
+    assert not evaluated_B.any()
+
+
+def test_rows_of_larger_budgets_do_not_count_as_kept(tmp_path: Path) -> None:
+    def kept(model: nn.Module, data: Rows) -> float:
+        with torch.no_grad(), record(model) as trace:
+            model(**batch_of(data), use_cache=False)
+        return trace.kept_fraction()
+
+    model, data = awake(routed()), rows(4, 24)
+    trainer = trainer_of(model, tmp_path, threshold_range=2.0, save_strategy="no")
+    trainer.state.max_steps = 8
+    trainer.compute_loss(model, batch_of(data))
+    assert trainer._sums["kept"] == pytest.approx(kept(model, data[::2]))
+    assert kept(model, data[::2]) != pytest.approx(kept(model, data))
 
 
 def test_the_logs_say_what_was_trained(tmp_path: Path) -> None:
@@ -449,7 +493,12 @@ SAME = ("loss", "task_loss", "kept", "grad_norm", "learning_rate")
 
 @pytest.mark.parametrize("fields", [
     {},
-    {"gradient_accumulation_steps": 2, "budget_momentum": 0.5, "distill_positions": 0.5},
+    {
+        "gradient_accumulation_steps": 2,
+        "budget_momentum": 0.5,
+        "distill_positions": 0.5,
+        "threshold_range": 2.0,
+    },
     {"objective": "lm", "gradient_accumulation_steps": 3, "budget_momentum": 0.9},
 ])  # fmt: skip
 def test_resuming_gives_the_losses_of_an_uninterrupted_run(

@@ -115,6 +115,8 @@ class CallOptions:
     path: Path | None = None
     decider: Decider | None = None
     trace: Trace | None = None
+    lowered_B: Tensor | None = None
+    """By how many logits each row's threshold is lowered."""
 
 
 _options: contextvars.ContextVar[Mapping[int, CallOptions]] = contextvars.ContextVar(
@@ -286,6 +288,15 @@ def execute(model: nn.Module, path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def lowered_thresholds(model: nn.Module, by_B: Tensor) -> Iterator[None]:
+    """Lower each row's threshold by so many logits (B,) inside the block: training at more than one
+    budget.
+    """
+    with _with_options(model, lowered_B=by_B):
+        yield
+
+
 def open_forward(
     decoder: nn.Module,
     routing: Routing,
@@ -325,7 +336,7 @@ def open_forward(
         column_T=column_T,
         real_BC=real_BC,
         sequence_BT=sequence_BT,
-        threshold_B1=_threshold_column(thresholds, batch, inputs.device),
+        threshold_B1=_threshold_column(thresholds, batch, inputs.device, options.lowered_B),
         decider=options.decider,
         record=ForwardRecord(start, real_BT, routing.config.kv == "kept", sequence_BT=sequence_BT),
     )
@@ -373,7 +384,9 @@ def _positions(
     return column_T - torch.where(begins_BT, column_T, 0).cummax(1).values
 
 
-def _threshold_column(thresholds: list[float], batch: int, device: torch.device) -> Tensor:
+def _threshold_column(
+    thresholds: list[float], batch: int, device: torch.device, lowered_B: Tensor | None
+) -> Tensor:
     if not thresholds or batch % len(thresholds):
         raise BudgetError(
             f"budget must be one number or one a row: got {len(thresholds)} budgets for {batch} "
@@ -381,7 +394,8 @@ def _threshold_column(thresholds: list[float], batch: int, device: torch.device)
         )
     # Beams and num_return_sequences repeat the rows of a batch.
     values = torch.tensor(thresholds, dtype=torch.float32, device=device)
-    return values.repeat_interleave(batch // len(thresholds))[:, None]
+    column_B1 = values.repeat_interleave(batch // len(thresholds))[:, None]
+    return column_B1 if lowered_B is None else column_B1 - lowered_B.to(device)[:, None]
 
 
 def default_path(decoder: nn.Module, routing: Routing) -> Path:

@@ -5,6 +5,7 @@ It belongs to one training: an adapter does not save it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,14 @@ class RouterTrainingArguments(TrainingArguments):
             "measured on so many training rows; 0 begins with all units alike."
         },
     )
+    threshold_range: float = field(
+        default=3.0,
+        metadata={
+            "help": "Every second row of a batch decides at a threshold lowered by up to so many "
+            "logits, so that the adapter learns larger budgets too; these rows do not count "
+            "towards its own. 0 trains that one only, as do batches of one row."
+        },
+    )
     distill_positions: float = field(
         default=1.0,
         metadata={
@@ -68,7 +77,7 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     learning_rate: float = field(
-        default=2e-3,
+        default=1e-2,
         metadata={
             "help": "Learning rate of the routers' weights, for inputs that spread by 1: each "
             "router's is divided by the spread of its input."
@@ -130,6 +139,7 @@ class RouterTrainingArguments(TrainingArguments):
             ("budget_momentum", 0 <= self.budget_momentum < 1, "in [0, 1)"),
             ("anneal_fraction", 0 <= self.anneal_fraction <= 1, "in [0, 1]"),
             ("warm_start", self.warm_start >= 0, "at least 0"),
+            ("threshold_range", 0 <= self.threshold_range < math.inf, "at least 0 and finite"),
             ("distill_positions", 0 < self.distill_positions <= 1, "in (0, 1]"),
             ("bias_learning_rate", self.bias_learning_rate > 0, "above 0"),
             ("cooldown_fraction", 0 <= self.cooldown_fraction <= 1, "in [0, 1]"),

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from router_tuning.config import check_budget
 from router_tuning.errors import TrainingError
-from router_tuning.execution.context import dense, record, routing_of
+from router_tuning.execution.context import dense, lowered_thresholds, record, routing_of
 from router_tuning.training.arguments import RouterTrainingArguments
 from router_tuning.training.budget import (
     Kept,
@@ -107,13 +107,14 @@ class RouterTrainerMixin(_Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss, plus the budget term where gradients are wanted."""
-        with record(self.routed) as trace:
+        lowered_B = self._lowered(inputs)
+        with record(self.routed) as trace, lowered_thresholds(self.routed, lowered_B):
             task, outputs = self.task_loss(model, inputs, num_items_in_batch)
         if not trace.forwards:
             raise TrainingError(
                 "the routers are switched off (disable_adapter?), so there is nothing to train"
             )
-        kept = count_kept(trace.forwards[-1], trace.num_units)
+        kept = count_kept(trace.forwards[-1], trace.num_units, lowered_B == 0)
         if torch.is_grad_enabled():
             # A loss over all tokens of the optimizer step is not divided by the Trainer; a mean is.
             parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
@@ -190,16 +191,28 @@ class RouterTrainerMixin(_Trainer):
         """Where the KL is computed: all real positions, or a part that seed and step fix."""
         if self.args.distill_positions == 1.0 or not torch.is_grad_enabled():
             return real_BT
-        key = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
-        generator = torch.Generator().manual_seed(
-            hash(key) % 2**63
-        )  # integers hash alike in every process
+        generator = self._generator()
         flat_N = real_BT.flatten().nonzero()[:, 0]
         number = max(round(self.args.distill_positions * len(flat_N)), 1)
         picked = torch.randperm(len(flat_N), generator=generator)[:number].to(flat_N.device)
         chosen_N = torch.zeros(real_BT.numel(), dtype=torch.bool, device=real_BT.device)
         chosen_N[flat_N[picked]] = True
         return chosen_N.view_as(real_BT)
+
+    def _lowered(self, inputs: dict[str, Any]) -> Tensor:
+        """By how much each row's threshold is lowered: in training every second row's, (B,)."""
+        lowered_B = torch.zeros(len(next(iter(inputs.values()))))
+        if torch.is_grad_enabled():
+            drawn_B = 1 - torch.rand(len(lowered_B), generator=self._generator())  # in (0, 1]
+            lowered_B[1::2] = self.args.threshold_range * drawn_B[1::2]
+        return lowered_B.to(self.args.device)
+
+    def _generator(self) -> torch.Generator:
+        """Random numbers that seed, step, micro-batch and rank fix, so that a resumed run draws the
+        same.
+        """
+        key = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
+        return torch.Generator().manual_seed(hash(key) % 2**63)  # integers hash alike everywhere
 
     def _budget_loss(self, task: Tensor, kept: Kept) -> Tensor:
         args = self.args
