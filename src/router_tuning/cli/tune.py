@@ -82,7 +82,7 @@ def tune(
     ] = 0.75,
     steps: Annotated[
         int, typer.Option("--steps", rich_help_panel=TRAINING, min=1, help="Optimizer steps.")
-    ] = 120,
+    ] = 480,
     objective: Annotated[
         str,
         typer.Option(
@@ -151,7 +151,7 @@ def tune(
             "--router-hidden", rich_help_panel=ROUTERS, min=1, help="Width of a bottleneck router."
         ),
     ] = 32,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = 2,
     accumulate: Annotated[
         int,
         typer.Option(
@@ -173,6 +173,15 @@ def tune(
         float | None,
         typer.Option(
             "--budget-weight", rich_help_panel=TRAINING, help="Of (kept - target)^2 in the loss."
+        ),
+    ] = None,
+    threshold_range: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold-range",
+            rich_help_panel=TRAINING,
+            help="How far every second window's threshold is lowered at most, so that larger "
+            "budgets are learned too.",
         ),
     ] = None,
     distill_positions: Annotated[
@@ -218,7 +227,7 @@ def tune(
             min=1,
             help="Windows held back for calibration, at most.",
         ),
-    ] = 16,
+    ] = 32,
     budgets: Annotated[
         str, typer.Option("--budgets", help="Budgets to calibrate at the end.")
     ] = BUDGETS,

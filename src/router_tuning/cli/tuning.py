@@ -52,17 +52,18 @@ class Settings:
     budget: float = 0.75
     objective: str = "distill"
     answers_only: bool = False
-    steps: int = 120
-    batch_size: int = 8
+    steps: int = 480
+    batch_size: int = 2
     accumulate: int = 1
     length: int = 256
     learning_rate: float | None = None
     bias_learning_rate: float | None = None
     budget_weight: float | None = None
+    threshold_range: float | None = None
     distill_positions: float | None = None
     prompts: int = 300
     answer_tokens: int = 128
-    held_out: int = 16
+    held_out: int = 32
     dtype: str = "auto"
     seed: int = 0
 
@@ -146,7 +147,13 @@ def train(
 def _arguments(
     model: PeftModel, settings: Settings, out: Path, evaluate: bool, save_every: int | None
 ) -> RouterTrainingArguments:
-    names = ("learning_rate", "bias_learning_rate", "budget_weight", "distill_positions")
+    names = (
+        "learning_rate",
+        "bias_learning_rate",
+        "budget_weight",
+        "threshold_range",
+        "distill_positions",
+    )
     given = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if save_every is not None:
         given["save_steps"] = save_every
