@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from router_tuning import RoutingConfig, attach, execute, record, replay, routing_of
-from router_tuning.execution.context import ROUTER_CHILD
+from router_tuning.execution.context import routers_of
 from router_tuning.record import Trace, same_decisions
-from router_tuning.units import attention_of, decoder_layers, decoder_of
+from router_tuning.units import decoder_layers, decoder_of, part_of
 from tiny import CACHE_KEY, FAMILIES, tiny_model, token_ids
 
 LOGIT_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.25}
@@ -53,6 +53,7 @@ class Case:
 
     family: str = "llama"
     granularity: str = "attn_token"
+    """One name, or several with a plus between them."""
     kv: str = "kept"
     sink: int = 0
     window: int = 0
@@ -64,7 +65,7 @@ class Case:
     @property
     def config(self) -> RoutingConfig:
         return RoutingConfig(
-            granularity=self.granularity,
+            granularity=self.granularity.split("+"),
             kv=self.kv,
             kv_sink=self.sink,
             kv_window=self.window,
@@ -74,11 +75,16 @@ class Case:
 
 # The sink is longer than the always-run prefix, else sequence granularities would not notice it.
 POLICIES = ({"kv": "all"}, {"kv": "kept"}, {"kv": "kept", "sink": 5, "window": 3})
+SEVERAL = ("attn_token+mlp_token", "attn_sequence+mlp_token", "attn_token+mlp_sequence")
 CASES = [
-    Case(family, granularity, **policy)  # type: ignore[arg-type]
-    for family in FAMILIES
-    for granularity in ("attn_token", "attn_sequence")
-    for policy in POLICIES
+    *(
+        Case(family, granularity, **policy)  # type: ignore[arg-type]
+        for family in FAMILIES
+        for granularity in ("attn_token", "attn_sequence")
+        for policy in POLICIES
+    ),
+    *(Case(family, g, "all") for family in FAMILIES for g in ("mlp_token", "mlp_sequence")),
+    *(Case(family, g, "kept", 5, 3) for family in FAMILIES for g in SEVERAL),
 ]
 
 
@@ -102,7 +108,7 @@ def randomize(model: nn.Module, seed: int = 1, scale: float = 1.0) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for unit in routing_of(model).units:
-        score: Any = getattr(decoder_layers(decoder_of(model))[unit.layer_idx], ROUTER_CHILD).score
+        score: Any = routers_of(model)[unit.name].score
         width = score.in_features
         score.weight.data = torch.randn((1, width), generator=generator) * scale * width**-0.5
         score.bias.data.fill_(0.0)
@@ -238,19 +244,22 @@ def assert_mixed(trace: Trace) -> None:
 
 
 class Counter:
-    """Counts the token rows that enter each projection of each attention while it is in force."""
+    """Counts the token rows that enter each projection of each attention, and the last one of each
+    MLP, while it is in force.
+    """
 
     NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+    MLP = "down_proj"
 
     def __init__(self, model: nn.Module) -> None:
         self.rows: dict[tuple[int, str], int] = {}
         self._hooks = []
         decoder = decoder_of(model)
         for index, layer in enumerate(decoder_layers(decoder)):
-            attention = attention_of(decoder, layer)
-            for name in self.NAMES:
+            attention, mlp = (part_of(decoder, layer, kind) for kind in ("attn", "mlp"))
+            for part, name in [*((attention, name) for name in self.NAMES), (mlp, self.MLP)]:
                 hook = self._counting(index, name)
-                self._hooks.append(getattr(attention, name).register_forward_pre_hook(hook))
+                self._hooks.append(getattr(part, name).register_forward_pre_hook(hook))
 
     def _counting(self, index: int, name: str) -> Any:
         def count(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -36,6 +36,7 @@ from laws import (
     with_family,
 )
 from router_tuning import attach, dense, detach, execute, record, replay, routing_of, set_budget
+from router_tuning.execution.context import routers_of
 from tiny import FAMILIES
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -240,8 +241,8 @@ def test_the_default_path_is_masked_only_where_a_gradient_can_be_wanted(kv: str)
 def test_the_gradient_of_the_masked_path_reaches_every_router(case: Case) -> None:
     model, given = routed_model(case), batch()
     model(given.ids, given.mask, given.positions).logits[given.real].square().mean().backward()
-    for unit in routing_of(model).units:
-        gradient = model.model.layers[unit.layer_idx].skip_router_attn.score.weight.grad
+    for router in routers_of(model).values():
+        gradient: Any = router.score.weight.grad
         assert gradient is not None
         assert gradient.isfinite().all()
         assert gradient.abs().max() > 0

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from laws import CASES, CHUNKS, Batch, Case, Counter, Run, batch, held_columns, routed_model, run
+from router_tuning import routing_of
 from router_tuning.cost import cost, flops_fraction
 from router_tuning.execution.cache import RoutedCacheLayer
 from router_tuning.execution.visibility import sliding_window_of
@@ -23,6 +24,10 @@ from router_tuning.units import decoder_layers
 from tiny import VOCAB_SIZE
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+attention_cases = pytest.mark.parametrize(
+    "case", [c for c in CASES if "attn" in c.granularity], ids=str
+)
+mlp_cases = pytest.mark.parametrize("case", [c for c in CASES if "mlp" in c.granularity], ids=str)
 every_phase = pytest.mark.parametrize("phase", ["uncached", *CHUNKS])
 
 
@@ -42,9 +47,9 @@ def observed(case: Case, phase: str, padded: bool) -> Observed:
     model, given = routed_model(case), batch(padded=padded)
     with Counter(model) as counter:
         result = run(model, given, chunks_of(phase))
-    rows = {
-        (i, name): counter.rows.get((i, name), 0) for i in names(model) for name in Counter.NAMES
-    }
+    layers = range(len(decoder_layers(model.model)))
+    parts = (*Counter.NAMES, Counter.MLP)
+    rows = {(i, name): counter.rows.get((i, name), 0) for i in layers for name in parts}
     return Observed(model, given, result, rows)
 
 
@@ -52,15 +57,17 @@ def chunks_of(phase: str) -> list[int] | None:
     return CHUNKS.get(phase)
 
 
-def names(model: nn.Module) -> dict[int, str]:
-    return {index: f"layers.{index}.attn" for index in range(len(decoder_layers(model.model)))}
+def names(model: nn.Module, kind: str = "attn") -> dict[int, str]:
+    """The routed units of a kind, by their layers."""
+    units = routing_of(model).units
+    return {unit.layer_idx: unit.name for unit in units if unit.kind == kind}
 
 
 # Law 6: skipped means not called
 
 
 @every_phase
-@every_case
+@attention_cases
 def test_counted_rows_equal_the_record(case: Case, phase: str) -> None:
     seen = observed(case, phase, padded=True)
     model, given, result, rows = seen.model, seen.given, seen.result, seen.rows
@@ -88,12 +95,31 @@ def test_counted_rows_equal_the_record(case: Case, phase: str) -> None:
 
 
 @every_phase
-@every_case
+@mlp_cases
+def test_counted_rows_of_mlps_equal_the_record(case: Case, phase: str) -> None:
+    seen = observed(case, phase, padded=True)
+    total = 0
+    for index, name in names(seen.model, "mlp").items():
+        wanted = 0
+        for forward in seen.result.trace.forwards:
+            unit = forward.units[name]
+            assert unit.write_BT is None
+            kept, real = int(unit.keep_BT.sum()), int(forward.real_BT.sum())
+            # Where all are kept it is the dense call itself, which computes pads too.
+            wanted += forward.real_BT.numel() if kept == real else kept
+        assert seen.rows[index, Counter.MLP] == wanted
+        total += wanted
+    assert 0 < total < 0.9 * 4 * seen.given.ids.numel()
+
+
+@every_phase
+@attention_cases
 def test_writes_are_what_the_policy_names(case: Case, phase: str) -> None:
     seen = observed(case, phase, padded=True)
     given, result = seen.given, seen.result
     sink = given.real & (given.positions < case.sink)
-    for name, keep in result.trace.decisions().items():
+    for name in names(seen.model).values():
+        keep = result.trace.decisions()[name]
         write = torch.cat([f.units[name].write_BT for f in result.trace.forwards], dim=1)
         if case.kv == "all" or case.window:
             assert torch.equal(write, given.real)
@@ -102,7 +128,7 @@ def test_writes_are_what_the_policy_names(case: Case, phase: str) -> None:
 
 
 @pytest.mark.parametrize("phase", CHUNKS)
-@every_case
+@attention_cases
 def test_the_cache_holds_exactly_the_keys_that_the_policy_names(case: Case, phase: str) -> None:
     seen = observed(case, phase, padded=True)
     model, given, result = seen.model, seen.given, seen.result
@@ -176,25 +202,25 @@ def test_the_cost_equals_the_counted_calls(case: Case, phase: str) -> None:
     tokens = given.ids.numel()
     routed = dense = 0
     held = dense_held = 0
-    for index, name in names(model).items():
+    decisions = result.trace.decisions()
+    for index in range(len(layers)):
         attention = layers[index].self_attn
         sliding = sliding_window_of(attention)
-        keep = result.trace.decisions()[name]
+        keep = decisions.get(f"layers.{index}.attn", given.real)
+        policy = case if f"layers.{index}.attn" in decisions else Case(kv="all")
         pair = 4 * attention.head_dim * 4  # score and sum, four heads
         sizes = {n: 2 * getattr(attention, n).weight.numel() for n in Counter.NAMES}
         routed += sum(sizes[n] * rows[index, n] for n in sizes)
-        routed += pair * pairs_by_hand(case, keep, given.real, sliding)
-        routed += 2 * (32 + 1) * tokens  # the router's weight and bias
+        routed += pair * pairs_by_hand(policy, keep, given.real, sliding)
         dense += tokens * sum(sizes.values())
         dense += pair * pairs_by_hand(Case(kv="all"), given.real, given.real, sliding)
         mlp = layers[index].mlp
-        both = (
-            2 * tokens * sum(p.weight.numel() for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        )
-        routed, dense = routed + both, dense + both
-        kept = given.real if case.kv == "all" else keep
-        held += sum(map(len, held_columns(case, kept, given.real, sliding)))
+        size = 2 * sum(p.weight.numel() for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        routed, dense = routed + size * rows[index, Counter.MLP], dense + size * tokens
+        kept = given.real if policy.kv == "all" else keep
+        held += sum(map(len, held_columns(policy, kept, given.real, sliding)))
         dense_held += sum(map(len, held_columns(Case(), given.real, given.real, sliding)))
+    routed += 2 * (32 + 1) * tokens * len(decisions)  # the routers' weights and biases
     head = 2 * tokens * 32 * VOCAB_SIZE
     found = cost(model, result.trace)
     assert found.flops == routed + head
@@ -210,11 +236,14 @@ def test_the_cost_equals_the_counted_calls(case: Case, phase: str) -> None:
 def test_the_kept_fraction_equals_the_counted_queries(case: Case, phase: str) -> None:
     seen = observed(case, phase, padded=False)
     model, result = seen.model, seen.result
-    queries = [seen.rows[index, "q_proj"] for index in names(model)]
+    entered = {"attn": "q_proj", "mlp": Counter.MLP}
+    ran = {
+        unit.name: seen.rows[unit.layer_idx, entered[unit.kind]] for unit in routing_of(model).units
+    }
     tokens = seen.given.ids.numel()
-    assert result.trace.kept_fraction() == pytest.approx(sum(queries) / (4 * tokens))
-    for (index, name), n in zip(names(model).items(), queries, strict=True):
-        assert result.trace.kept_per_unit()[name] == pytest.approx(n / tokens), index
+    assert result.trace.kept_fraction() == pytest.approx(sum(ran.values()) / (len(ran) * tokens))
+    for name, n in ran.items():
+        assert result.trace.kept_per_unit()[name] == pytest.approx(n / tokens), name
 
 
 def counted(model: nn.Module, given: Batch, chunks: list[int] | None) -> tuple[Run, dict[str, int]]:

@@ -23,7 +23,7 @@ from router_tuning.data import Windows
 from router_tuning.errors import BudgetError, ConfigError, DataError, UnsupportedModelError
 from router_tuning.evaluation import perplexity
 from router_tuning.evaluation.perplexity import MEASURES, evaluate, window_loss
-from router_tuning.execution.context import ROUTER_CHILD, decided_by, dense, record
+from router_tuning.execution.context import decided_by, dense, record
 from router_tuning.peft_config import RouterTuningConfig
 from tiny import VOCAB_SIZE, tiny_model, token_ids
 
@@ -174,7 +174,7 @@ def unequal_routers(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ROUTER_CHILD in name:
+            if "skip_router" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 

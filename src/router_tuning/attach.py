@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from router_tuning.config import RoutingConfig, check_budget, threshold_for
 from router_tuning.errors import ConfigError, UnsupportedCallError
-from router_tuning.execution.attention import carry_context, gate_post_norm, routed_attention
+from router_tuning.execution.attention import carry_context, routed_attention
 from router_tuning.execution.cache import check_cache
 from router_tuning.execution.context import (
     CONTEXT_KEY,
-    ROUTER_CHILD,
     Routing,
     default_path,
     open_forward,
@@ -31,20 +30,29 @@ from router_tuning.execution.context import (
     original_method,
     routing_of,
 )
+from router_tuning.execution.handover import gate_post_norm
+from router_tuning.execution.mlp import routed_mlp
 from router_tuning.execution.projections import check_parts
 from router_tuning.routers import make_router
 from router_tuning.units import (
+    KINDS,
     Unit,
     attention_of,
     decoder_layers,
     decoder_of,
     find_units,
     hidden_size_of,
+    kinds_of,
+    part_of,
     post_norm_of,
+    router_child,
     unwrap,
 )
 
-__all__ = ["ROUTER_CHILD", "attach", "detach", "install", "routing_of", "set_budget", "uninstall"]
+__all__ = ["attach", "detach", "install", "routing_of", "set_budget", "uninstall"]
+
+STAND_INS: dict[str, Callable[..., Any]] = {"attn": routed_attention, "mlp": routed_mlp}
+"""The routed forward of each kind of unit."""
 
 CONTINUOUS = (
     "generate_batch",
@@ -69,7 +77,8 @@ def attach(model: nn.Module, config: RoutingConfig) -> None:
     for unit in _checked_units(model, config):
         layer = layers[unit.layer_idx]
         device = next(layer.parameters()).device
-        layer.add_module(ROUTER_CHILD, make_router(config, hidden_size_of(model), device))
+        router = make_router(config, hidden_size_of(model), device)
+        layer.add_module(router_child(unit.kind), router)
     install(model, config)
 
 
@@ -77,27 +86,30 @@ def detach(model: nn.Module) -> None:
     """Remove the routers and every trace of routing."""
     uninstall(model)
     for layer in decoder_layers(decoder_of(model)):
-        if hasattr(layer, ROUTER_CHILD):
-            delattr(layer, ROUTER_CHILD)
+        for kind in KINDS:
+            if hasattr(layer, router_child(kind)):
+                delattr(layer, router_child(kind))
 
 
 def install(model: nn.Module, config: RoutingConfig) -> None:
-    """Route a model whose layers have their routers (child ROUTER_CHILD) already."""
+    """Route a model whose layers have their routers (see router_child) already."""
     decoder = decoder_of(model)
     layers = decoder_layers(decoder)
     units = _checked_units(model, config)
-    decoder.__dict__["routing"] = Routing(config, units, len(layers) * len(config.granularities))
-    routed = {unit.layer_idx: unit for unit in units}
-    for index, layer in enumerate(layers):
-        attention, post_norm = attention_of(decoder, layer), post_norm_of(decoder, layer)
-        if index in routed:
-            attention.__dict__["skip_unit"] = routed[index]
-            _replace(attention, "forward", routed_attention)
-            if post_norm is not None:
-                post_norm.__dict__["skip_unit"] = routed[index]
-                _replace(post_norm, "forward", gate_post_norm)
-        else:
-            _replace(attention, "forward", carry_context)
+    decoder.__dict__["routing"] = Routing(config, units, len(layers) * len(kinds_of(config)))
+    for layer in layers:
+        _replace(attention_of(decoder, layer), "forward", carry_context)
+    for unit in units:
+        layer = layers[unit.layer_idx]
+        part = part_of(decoder, layer, unit.kind)
+        post_norm = post_norm_of(decoder, layer, unit.kind)
+        part.__dict__["skip_unit"] = unit
+        _replace(part, "forward", STAND_INS[unit.kind])
+        if post_norm is not None:
+            post_norm.__dict__["skip_unit"] = unit
+            _replace(post_norm, "forward", gate_post_norm)
+        if unit.kind == "mlp":
+            attention_of(decoder, layer).__dict__["skip_followed_by"] = unit.layer_idx
     _replace(decoder, "forward", _enter_decoder)
     causal = unwrap(model)
     if causal is not decoder:
@@ -112,7 +124,8 @@ def _checked_units(model: nn.Module, config: RoutingConfig) -> tuple[Unit, ...]:
     decoder = decoder_of(model)
     units = tuple(find_units(model, config))
     for unit in units:
-        check_parts(attention_of(decoder, decoder_layers(decoder)[unit.layer_idx]))
+        if unit.kind == "attn":
+            check_parts(attention_of(decoder, decoder_layers(decoder)[unit.layer_idx]))
     return units
 
 
@@ -122,11 +135,12 @@ def uninstall(model: nn.Module) -> None:
     decoder.__dict__.pop("routing", None)
     modules = [decoder, causal]
     for layer in decoder_layers(decoder):
-        modules += [
-            m for m in (attention_of(decoder, layer), post_norm_of(decoder, layer)) if m is not None
-        ]
+        for kind in KINDS:
+            parts = (part_of(decoder, layer, kind), post_norm_of(decoder, layer, kind))
+            modules += [part for part in parts if part is not None]
     for module in modules:
         module.__dict__.pop("skip_unit", None)
+        module.__dict__.pop("skip_followed_by", None)
         _restore(module, "forward")
     for name in CONTINUOUS:
         _restore(causal, name)
@@ -296,5 +310,6 @@ def _unless_routed(causal_class: type, name: str) -> Callable[..., Any]:
 
 def num_router_parameters(model: nn.Module) -> int:
     """Trainable numbers in the routers."""
-    children = [getattr(x, ROUTER_CHILD, None) for x in decoder_layers(decoder_of(model))]
+    layers = decoder_layers(decoder_of(model))
+    children = [getattr(layer, router_child(kind), None) for layer in layers for kind in KINDS]
     return sum(p.numel() for child in children if child is not None for p in child.parameters())

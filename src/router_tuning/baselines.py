@@ -26,11 +26,12 @@ from router_tuning.execution.context import (
 )
 from router_tuning.execution.partial import entering_states, run_from
 from router_tuning.units import (
+    KINDS,
     Unit,
-    attention_of,
     decoder_layers,
     decoder_of,
     is_sequence,
+    part_of,
     post_norm_of,
     unwrap,
 )
@@ -71,9 +72,7 @@ class RandomMask:
     def __call__(self, unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
         rate = self.rate[unit.name] if isinstance(self.rate, Mapping) else self.rate
         row_B1 = torch.arange(forward.rows, device=x_BTD.device)[:, None]
-        key_B1 = _mix(
-            _mix(torch.full_like(row_B1, self.seed * 1_000_003 + unit.layer_idx)) ^ row_B1
-        )
+        key_B1 = _mix(_mix(torch.full_like(row_B1, self.seed * 1_000_003 + _number(unit))) ^ row_B1)
         if not is_sequence(forward.granularity(unit)):
             return _uniform(_mix(key_B1 ^ (forward.position_BT + 1))) < rate
         always_BT = forward.position_BT < forward.config.decide_after
@@ -81,6 +80,11 @@ class RandomMask:
         # What runs in any case counts towards the rate.
         free = (rate - share) / (1 - share) if share < 1 else 1.0
         return always_BT | (_uniform(key_B1) < free)
+
+
+def _number(unit: Unit) -> int:
+    """Of a unit among all of a model, so that no two have the same masks."""
+    return unit.layer_idx + 7919 * KINDS.index(unit.kind)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -147,18 +151,28 @@ def cosine_order(model: nn.Module, windows: Windows, *, batch_size: int = 8) -> 
 
 def _similarity_hooks(decoder: nn.Module, unit: Unit, sums: dict[str, float]) -> list[Any]:
     layer = decoder_layers(decoder)[unit.layer_idx]
-    branch = post_norm_of(decoder, layer) or attention_of(decoder, layer)
+    branch = post_norm_of(decoder, layer, unit.kind) or part_of(decoder, layer, unit.kind)
     entering: list[Tensor] = []
+    updates: list[Tensor] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         entering[:] = [args[0]]
 
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        update = output[0] if isinstance(output, tuple) else output
-        before = entering[0]
-        sums[unit.name] += float(torch.cosine_similarity(before, before + update, dim=-1).sum())
+    def update(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        updates[:] = [output[0] if isinstance(output, tuple) else output]
 
-    return [layer.register_forward_pre_hook(enter), branch.register_forward_hook(leave)]
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        after = output[0] if isinstance(output, tuple) else output
+        # An attention updates what enters its layer, an MLP what its layer then gives back.
+        before = entering[0] if unit.kind == "attn" else after - updates[0]
+        similar = torch.cosine_similarity(before, before + updates[0], dim=-1)
+        sums[unit.name] += float(similar.sum())
+
+    return [
+        layer.register_forward_pre_hook(enter),
+        branch.register_forward_hook(update),
+        layer.register_forward_hook(leave),
+    ]
 
 
 def greedy_order(

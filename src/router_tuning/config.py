@@ -23,7 +23,7 @@ GRANULARITIES = (
     "block_token",
     "block_sequence",
 )
-AVAILABLE = ("attn_token", "attn_sequence")
+AVAILABLE = ("attn_token", "attn_sequence", "mlp_token", "mlp_sequence")
 ROUTERS = ("linear", "bottleneck", "bias")
 KV_POLICIES = ("all", "kept")
 ROUNDING = 1e-6
@@ -128,11 +128,13 @@ def _check_names(config: RoutingConfig) -> None:
                 f"granularity {name!r} is not available in this version; use "
                 f"{' or '.join(AVAILABLE)}"
             )
-    if len(config.granularities) > 1:
-        raise ConfigError(
-            f"several granularities at once are not available in this version, got "
-            f"{', '.join(config.granularities)}; name one of {', '.join(AVAILABLE)}"
-        )
+    kinds = [name.partition("_")[0] for name in config.granularities]
+    for name, kind in zip(config.granularities, kinds, strict=True):
+        if kinds.count(kind) > 1:
+            raise ConfigError(
+                f"a unit decides by token or by sequence, so granularity may name one of each "
+                f"kind; got {', '.join(config.granularities)}, of which {name!r} is not alone"
+            )
     for name, value, allowed in (
         ("kv", config.kv, KV_POLICIES),
         ("pooling", config.pooling, ("prefix",)),

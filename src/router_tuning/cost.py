@@ -9,7 +9,7 @@ Shapes: B batch, C columns (tokens, pads included).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,18 @@ from torch import Tensor, nn
 
 from router_tuning.config import RoutingConfig
 from router_tuning.errors import UnsupportedCallError
-from router_tuning.execution.context import ROUTER_CHILD, routing_of
+from router_tuning.execution.context import routing_of
 from router_tuning.execution.visibility import sliding_window_of
 from router_tuning.record import ForwardRecord, Trace
-from router_tuning.units import attention_of, decoder_layers, decoder_of, unwrap
+from router_tuning.units import (
+    KINDS,
+    attention_of,
+    decoder_layers,
+    decoder_of,
+    part_of,
+    router_child,
+    unwrap,
+)
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,10 @@ def cost(model: nn.Module, trace: Trace) -> Cost:
     decoder = decoder_of(model)
     config = routing_of(model).config
     tokens = sum(int(f.real_BT.sum()) for f in trace.forwards)
-    fixed = tokens * _token_flops_outside_attention(model)
+    fixed = tokens * _head_flops(model)
     total = Cost(fixed, fixed, 0, 0)
     for index, layer in enumerate(decoder_layers(decoder)):
+        total = _add(total, _mlp_cost(decoder, layer, index, trace, tokens))
         name = f"layers.{index}.attn"
         routed = name in trace.unit_names
         for episode in _episodes(trace.forwards):
@@ -96,8 +105,8 @@ def _attention_cost(
     router = 0
     if name is not None:
         num_kept = sum(int(f.units[name].keep_BT.sum()) for f in episode)
-        num_written = sum(int(f.units[name].write_BT.sum()) for f in episode)
-        router = 2 * sum(p.numel() for p in getattr(layer, ROUTER_CHILD).parameters())
+        num_written = sum(_written(f, name) for f in episode)
+        router = _router_flops(layer, "attn")
     query = 2 * (attention.q_proj.weight.numel() + attention.o_proj.weight.numel())
     key = 2 * (attention.k_proj.weight.numel() + attention.v_proj.weight.numel())
     pair = 4 * attention.q_proj.weight.shape[0]  # scores and weighted sum, over all query heads
@@ -211,22 +220,45 @@ def _episodes(forwards: list[ForwardRecord]) -> list[list[ForwardRecord]]:
     return episodes
 
 
-def _token_flops_outside_attention(model: nn.Module) -> int:
-    """FLOPs a token of the MLPs' linear layers and of the output head."""
-    decoder = decoder_of(model)
-    total = 0
-    for layer in decoder_layers(decoder):
-        skip = set(attention_of(decoder, layer).modules()) | set(
-            getattr(layer, ROUTER_CHILD, nn.Module()).modules()
-        )
-        total += sum(
-            2 * m.weight.numel()
-            for m in layer.modules()
-            if isinstance(m, nn.Linear) and m not in skip
-        )
+def _written(forward: ForwardRecord, name: str) -> int:
+    """Tokens whose key and value an attention computed."""
+    write_BT = forward.units[name].write_BT
+    assert write_BT is not None, f"{name} is no attention"
+    return int(write_BT.sum())
+
+
+def _mlp_cost(decoder: nn.Module, layer: nn.Module, index: int, trace: Trace, tokens: int) -> Cost:
+    """What is left of a layer without its attention: of an MLP, routed or not."""
+    attention = set(attention_of(decoder, layer).modules())
+    routers = [getattr(layer, router_child(kind), nn.Module()) for kind in KINDS]
+    beside = {module for router in routers for module in router.modules()}
+    mlp = set(part_of(decoder, layer, "mlp").modules())
+    rest = [m for m in layer.modules() if m not in attention and m not in beside]
+    token = _linear_flops(m for m in rest if m in mlp)
+    always = _linear_flops(m for m in rest if m not in mlp)
+    name = f"layers.{index}.mlp"
+    kept, router = tokens, 0
+    if name in trace.unit_names:
+        kept = sum(int(f.units[name].keep_BT.sum()) for f in trace.forwards)
+        router = _router_flops(layer, "mlp")
+    return Cost(kept * token + tokens * (always + router), tokens * (token + always), 0, 0)
+
+
+def _linear_flops(modules: Iterable[nn.Module]) -> int:
+    """FLOPs a token of linear layers."""
+    return sum(2 * m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+
+
+def _router_flops(layer: nn.Module, kind: str) -> int:
+    """FLOPs a token of the router beside a unit."""
+    return 2 * sum(p.numel() for p in getattr(layer, router_child(kind)).parameters())
+
+
+def _head_flops(model: nn.Module) -> int:
+    """FLOPs a token of the output head."""
     causal: Any = unwrap(model)
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
-    return total + (2 * head.weight.numel() if head is not None else 0)
+    return 2 * head.weight.numel() if head is not None else 0
 
 
 def _add(a: Cost, b: Cost) -> Cost:

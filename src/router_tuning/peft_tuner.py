@@ -1,6 +1,6 @@
 """Routers as a PEFT adapter on a model: `get_peft_model(model, RouterTuningConfig(...))`.
 
-A `RouterLayer` (one router for each adapter) sits beside each routed attention, as a child of the
+A `RouterLayer` (one router for each adapter) sits beside each routed unit, as a child of the
 decoder layer; the engine (attach.py) calls it. Nothing is wrapped, so the base model's weights keep
 their names and `unload()` gives back the very same model. What does not fit the model (another
 base, no unit to route, other weights than the routers') is refused, and leaves it as it was.
@@ -29,7 +29,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
-from router_tuning.attach import ROUTER_CHILD, install, routing_of, uninstall
+from router_tuning.attach import install, routing_of, uninstall
 from router_tuning.embedded import name_of
 from router_tuning.errors import AdapterError, ConfigError, RouterTuningError
 from router_tuning.execution.context import Routing
@@ -42,23 +42,25 @@ from router_tuning.peft_config import (
 )
 from router_tuning.routers import make_router
 from router_tuning.units import (
+    KINDS,
     Unit,
-    attention_of,
     decoder_layers,
     decoder_of,
     find_units,
     hidden_size_of,
+    part_of,
+    router_child,
 )
 
 ROUTERS = "keep_logits"
 """Attribute of a RouterLayer that holds its routers, by adapter name."""
 PREFIX = "keep_"
 """PEFT's mark of our weights' names. transformers' own loader writes the adapter's name behind the
-first part of a key that contains it. That must be ROUTERS, so ROUTER_CHILD must not contain it."""
+first part of a key that contains it. That must be ROUTERS, so router_child must not contain it."""
 
 
 class RouterLayer(nn.Module, BaseTunerLayer):
-    """The routers beside one attention, one an adapter: (B, T, D) -> logits (B, T)."""
+    """The routers beside one unit, one an adapter: (B, T, D) -> logits (B, T)."""
 
     adapter_layer_names = (ROUTERS,)
 
@@ -188,11 +190,12 @@ class RouterTuningModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = getattr(parent, ROUTER_CHILD, None)
+        child = router_child(self._units[current_key].kind)
+        layer = getattr(parent, child, None)
         if layer is None:
             layer = RouterLayer()
             layer.train(parent.training)
-            parent.add_module(ROUTER_CHILD, layer)
+            parent.add_module(child, layer)
         router = make_router(_own(peft_config), hidden_size_of(self.model))
         layer.add_router(adapter_name, router, next(parent.parameters()).device)
 
@@ -292,11 +295,12 @@ def _checked_units(model: nn.Module, config: RouterTuningConfig) -> dict[str, Un
     config.check()
     decoder = decoder_of(model)
     layers = decoder_layers(decoder)
-    if any(not isinstance(getattr(x, ROUTER_CHILD, None), RouterLayer | None) for x in layers):
+    beside = [getattr(x, router_child(kind), None) for x in layers for kind in KINDS]
+    if any(not isinstance(child, RouterLayer | None) for child in beside):
         raise ConfigError("this model was routed by attach(); detach(model) first")
     name_by_id = {id(module): name for name, module in model.named_modules()}
     units = {
-        name_by_id[id(attention_of(decoder, layers[unit.layer_idx]))]: unit
+        name_by_id[id(part_of(decoder, layers[unit.layer_idx], unit.kind))]: unit
         for unit in find_units(model, config)
     }
     if config.target_modules is None and config.exclude_modules is None:
@@ -334,12 +338,13 @@ def _check_base(model: nn.Module, config: RouterTuningConfig) -> None:
     config.base = identify(model, name_of(name) if name else None)
 
 
-def _router_layers(model: nn.Module) -> Iterator[tuple[nn.Module, RouterLayer]]:
-    """The decoder layers that have routers, each with its RouterLayer."""
+def _router_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, RouterLayer]]:
+    """The decoder layers that have routers, each with the names of its RouterLayers, and these."""
     for layer in decoder_layers(decoder_of(model)):
-        child = getattr(layer, ROUTER_CHILD, None)
-        if isinstance(child, RouterLayer):
-            yield layer, child
+        for name in map(router_child, KINDS):
+            child = getattr(layer, name, None)
+            if isinstance(child, RouterLayer):
+                yield layer, name, child
 
 
 def _follow(model: nn.Module, config: RouterTuningConfig | None) -> None:
@@ -354,17 +359,17 @@ def _follow(model: nn.Module, config: RouterTuningConfig | None) -> None:
         uninstall(model)
         install(model, config)
         routing_of(model).enabled = before is None or before.enabled
-    for _, child in _router_layers(model):
+    for _, _, child in _router_layers(model):
         child._routing = routing_of(model)
 
 
 def _drop_routers(model: nn.Module, adapter_name: str) -> None:
     """Delete an adapter's routers; a layer that is left without any is as before."""
-    for layer, child in list(_router_layers(model)):
+    for layer, name, child in list(_router_layers(model)):
         if adapter_name in child.keep_logits:
             del child.keep_logits[adapter_name]
         if not child.keep_logits:
-            delattr(layer, ROUTER_CHILD)
+            delattr(layer, name)
 
 
 # PEFT hooks the embeddings of a model that checkpoints activations; transformers keeps them here.

@@ -20,8 +20,8 @@ class UnitRecord:
 
     keep_BT: Tensor
     """True where the unit ran. Never at padding."""
-    write_BT: Tensor
-    """True where a key and a value were computed (attention)."""
+    write_BT: Tensor | None
+    """True where a key and a value were computed; None for an MLP, which has none."""
     logits_BT: Tensor | None = None
     """The deciding logits, fp32; None where something else than a router decided."""
     threshold_B1: Tensor | None = None

@@ -1,13 +1,13 @@
-"""Where attention sits in each model family. The only file that knows family names.
+"""Where attention and MLP sit in each model family. The only file that knows family names.
 
-A *unit* is what one routing decision runs or skips: here the attention of one decoder layer. To add
-a family, add a row to FAMILIES; CONTRIBUTING.md ("A new model family") has the steps.
+A *unit* is what one routing decision runs or skips: the attention or the MLP of one decoder layer.
+To add a family, add a row to FAMILIES; CONTRIBUTING.md ("A new model family") has the steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -18,17 +18,20 @@ from router_tuning.errors import ConfigError, UnsupportedModelError
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the parts of a decoder layer."""
+    """Names of the parts of a decoder layer, by the kind of unit."""
 
-    attention: str = "self_attn"
-    attention_post_norm: str | None = None
-    """The norm that a sandwich family puts on the attention's output before adding it to the
-    residual.
-    """
+    modules: Mapping[str, str] = field(default_factory=lambda: {"attn": "self_attn", "mlp": "mlp"})
+    post_norms: Mapping[str, str] = field(default_factory=dict)
+    """The norms that a sandwich family puts on a unit's output before adding it to the residual."""
 
+
+KINDS = ("attn", "mlp")
+"""Kinds of units, in the order in which a decoder layer runs them."""
 
 PRE_NORM = Family()
-SANDWICH = Family(attention_post_norm="post_attention_layernorm")
+SANDWICH = Family(
+    post_norms={"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": PRE_NORM,
@@ -41,8 +44,8 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Unit:
-    """One routed unit: its name ("layers.3.attn"), its kind ("attn") and its decoder layer's
-    index.
+    """One routed unit: its name ("layers.3.attn"), its kind ("attn" or "mlp") and its decoder
+    layer's index.
     """
 
     name: str
@@ -91,16 +94,32 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def part_of(decoder: nn.Module, layer: nn.Module, kind: str) -> nn.Module:
+    """The module of a decoder layer that a unit of this kind runs or skips."""
+    part: nn.Module = getattr(layer, family_of(decoder).modules[kind])
+    return part
+
+
 def attention_of(decoder: nn.Module, layer: nn.Module) -> nn.Module:
     """The attention module of a decoder layer."""
-    attention: nn.Module = getattr(layer, family_of(decoder).attention)
-    return attention
+    return part_of(decoder, layer, "attn")
 
 
-def post_norm_of(decoder: nn.Module, layer: nn.Module) -> nn.Module | None:
-    """The norm between the attention and the residual, in sandwich families; else None."""
-    name = family_of(decoder).attention_post_norm
+def post_norm_of(decoder: nn.Module, layer: nn.Module, kind: str) -> nn.Module | None:
+    """The norm between a unit and the residual, in sandwich families; else None."""
+    name = family_of(decoder).post_norms.get(kind)
     return None if name is None else getattr(layer, name)
+
+
+def router_child(kind: str) -> str:
+    """Name of the router beside a unit, as a child of the decoder layer."""
+    return f"skip_router_{kind}"
+
+
+def kinds_of(config: RoutingConfig) -> tuple[str, ...]:
+    """The kinds of units that a config routes, in the order in which a layer runs them."""
+    routed = {kind_of(granularity) for granularity in config.granularities}
+    return tuple(kind for kind in KINDS if kind in routed)
 
 
 def hidden_size_of(model: nn.Module) -> int:
@@ -140,11 +159,11 @@ def find_units(model: nn.Module, config: RoutingConfig) -> list[Unit]:
 def _units(decoder: nn.Module, wanted: range | list[int], config: RoutingConfig) -> Iterator[Unit]:
     layers = decoder_layers(decoder)
     for index in wanted:
-        for granularity in config.granularities:
-            kind = kind_of(granularity)
-            if not hasattr(layers[index], family_of(decoder).attention):
+        for kind in kinds_of(config):
+            if not hasattr(layers[index], family_of(decoder).modules[kind]):
+                what = {"attn": "attention", "mlp": "MLP"}[kind]
                 raise UnsupportedModelError(
-                    f"layer {index} ({type(layers[index]).__name__}) has no attention to route; "
+                    f"layer {index} ({type(layers[index]).__name__}) has no {what} to route; "
                     f"leave it out of `layers`"
                 )
             yield Unit(f"layers.{index}.{kind}", kind, index)

@@ -240,7 +240,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Typed loosely: the base class of transformers' layers does not name all they share.
         self.inner = inner
         self.store: KeptKeys | None = None
-        self.prefix: PrefixLogits | None = None
+        self.prefixes: dict[str, PrefixLogits] = {}  # by kind of unit
 
     @property
     def sliding_window(self) -> int | None:
@@ -327,7 +327,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Remove the last -tokens_to_remove tokens (a positive number, before 5.20, is the length
         to keep).
         """
-        if tokens_to_remove >= 0 and self.store is None and self.prefix is None:
+        if tokens_to_remove >= 0 and self.store is None and not self.prefixes:
             self.inner.crop(tokens_to_remove)
             return
         seen = self.get_seq_length()
@@ -336,12 +336,13 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.store.crop(length)
         else:
             self.inner.crop(tokens_to_remove)
-        if self.prefix is not None:
-            self.prefix.crop(length)
+        for prefix in self.prefixes.values():
+            prefix.crop(length)
 
     def reset(self) -> None:
         _empty(self.inner)
-        self.store = self.prefix = None
+        self.store = None
+        self.prefixes = {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -366,7 +367,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
 
     def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
-        for part in (self.store, self.prefix):
+        for part in (self.store, *self.prefixes.values()):
             if part is not None:
                 part.select(pick)
 

@@ -56,7 +56,7 @@ class Decided:
     logits_BT: Tensor | None
     always_BT: Tensor | None = None
 
-    def record(self, write_BT: Tensor, context: ForwardContext) -> UnitRecord:
+    def record(self, write_BT: Tensor | None, context: ForwardContext) -> UnitRecord:
         """The entry for the trace."""
         threshold = None if self.logits_BT is None else context.threshold_B1
         return UnitRecord(

@@ -1,9 +1,9 @@
 """One object a forward, and the options of a call.
 
 A `ForwardContext` is made at the model's door (attach.py) and travels to every attention as a
-keyword argument, so it survives activation checkpointing. Options of a call (`record`, `replay`,
-`dense`, ...) live in a context variable while a `with` block runs. Nothing of either is kept on a
-module.
+keyword argument, which hands it to the MLP behind it, so it survives activation checkpointing.
+Options of a call (`record`, `replay`, `dense`, ...) live in a context variable while a `with` block
+runs. Nothing of either is kept on a module.
 
 Shapes: B batch, T tokens of this forward, C columns (all tokens so far, pads included), D hidden.
 """
@@ -23,15 +23,19 @@ from torch import Tensor, nn
 from router_tuning.config import RoutingConfig
 from router_tuning.errors import BudgetError, ConfigError, UnsupportedCallError
 from router_tuning.record import ForwardRecord, Trace, UnitRecord
-from router_tuning.units import Unit, decoder_layers, decoder_of, kind_of, post_norm_of
+from router_tuning.units import (
+    Unit,
+    decoder_layers,
+    decoder_of,
+    kind_of,
+    post_norm_of,
+    router_child,
+)
 
 Path = Literal["masked", "skipping"]
 
 CONTEXT_KEY = "routing_context"
 """The keyword under which a forward's context travels to its attentions."""
-
-ROUTER_CHILD = "skip_router_attn"
-"""Name of the router beside an attention, as a child of the decoder layer."""
 
 
 @dataclass
@@ -52,6 +56,7 @@ class ForwardContext:
 
     config: RoutingConfig
     decoder: nn.Module
+    cache: Any
     masked: bool
     """True for the differentiable path, False for the skipping one."""
     start: int
@@ -85,12 +90,11 @@ class ForwardContext:
 
     def post_norm(self, unit: Unit) -> nn.Module | None:
         """The norm after a unit in sandwich families."""
-        return post_norm_of(self.decoder, decoder_layers(self.decoder)[unit.layer_idx])
+        return post_norm_of(self.decoder, decoder_layers(self.decoder)[unit.layer_idx], unit.kind)
 
     def router(self, unit: Unit) -> nn.Module:
         """The router beside a unit."""
-        child: nn.Module = getattr(decoder_layers(self.decoder)[unit.layer_idx], ROUTER_CHILD)
-        return child
+        return router_beside(decoder_layers(self.decoder), unit)
 
     def note(self, unit: Unit, record: UnitRecord) -> None:
         """Record what a unit ran. The first time counts: activation checkpointing runs a layer
@@ -162,7 +166,13 @@ def routing_of(model: nn.Module) -> Routing:
 def routers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The router beside each routed unit, by the unit's name, in the order of the units."""
     layers = decoder_layers(decoder_of(model))
-    return {u.name: getattr(layers[u.layer_idx], ROUTER_CHILD) for u in routing_of(model).units}
+    return {unit.name: router_beside(layers, unit) for unit in routing_of(model).units}
+
+
+def router_beside(layers: Sequence[nn.Module], unit: Unit) -> nn.Module:
+    """The router beside a unit."""
+    router: nn.Module = getattr(layers[unit.layer_idx], router_child(unit.kind))
+    return router
 
 
 @contextmanager
@@ -329,6 +339,7 @@ def open_forward(
     return ForwardContext(
         config=routing.config,
         decoder=decoder,
+        cache=cache,
         masked=path == "masked",
         start=start,
         real_BT=real_BT,
@@ -406,8 +417,6 @@ def default_path(decoder: nn.Module, routing: Routing) -> Path:
         return "skipping"
     layers = decoder_layers(decoder)
     trainable = decoder.training or any(
-        p.requires_grad
-        for unit in routing.units
-        for p in getattr(layers[unit.layer_idx], ROUTER_CHILD).parameters()
+        p.requires_grad for unit in routing.units for p in router_beside(layers, unit).parameters()
     )
     return "masked" if trainable else "skipping"

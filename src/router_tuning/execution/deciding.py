@@ -1,0 +1,55 @@
+"""What a unit does in a forward: its router's logits, or whatever decides instead of it.
+
+Shapes: B batch, T tokens of this forward, D hidden.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from router_tuning.decide import Decision, pool_prefix
+from router_tuning.execution.cache import PrefixLogits, RoutedCacheLayer
+from router_tuning.execution.call import Decided
+from router_tuning.execution.context import ForwardContext
+from router_tuning.units import Unit, is_sequence
+
+
+def decide(
+    unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
+) -> Decided:
+    """What a unit does in this forward; `layer` remembers what a sequence decision needs."""
+    if context.decider is not None:
+        keep_BT = context.decider(unit, x_BTD, context) & context.real_BT
+        return Decided(keep_BT, keep_BT.float() if context.masked else None, None)
+    decision = _logits(unit, x_BTD, context, layer)
+    logits_BT = decision.logits_BT.detach()
+    if context.masked:
+        # Padding is gated like any token, since nobody reads it: fresh routers then change no bit
+        # there either.
+        soft_BT = decision.straight_through(context.threshold_B1)
+        return Decided(
+            (soft_BT.detach() > 0.5) & context.real_BT, soft_BT, logits_BT, decision.always_BT
+        )
+    keep_BT = decision.keep(context.threshold_B1) & context.real_BT
+    return Decided(keep_BT, None, logits_BT, decision.always_BT)
+
+
+def _logits(
+    unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
+) -> Decision:
+    logits_BT = context.router(unit)(x_BTD)
+    if not is_sequence(context.granularity(unit)):
+        return Decision(logits_BT)
+    after = context.config.decide_after
+    prefix = None
+    if layer is not None:
+        fresh = PrefixLogits(context.rows, after, x_BTD.device)
+        prefix = layer.prefixes.setdefault(unit.kind, fresh)
+    past = None if prefix is None else prefix.sums()
+    decision = pool_prefix(
+        logits_BT, context.position_BT, context.real_BT, after, past, context.sequence_BT
+    )
+    if prefix is not None:
+        prefix_BT = context.real_BT & (context.position_BT < after)
+        prefix.add(logits_BT, context.position_BT, prefix_BT, context.column_T)
+    return decision
