@@ -38,9 +38,9 @@ def test_good_configs_pass(options: dict[str, Any]) -> None:
     ("options", "match"),
     [
         ({"granularity": "attention"}, "granularity must be one of attn_token"),
-        ({"granularity": "mlp_token"}, "'mlp_token' is not available in this version"),
+        ({"granularity": "block_token"}, "'block_token' is not available in this version"),
         ({"granularity": []}, "at least one"),
-        ({"granularity": ["attn_token", "attn_sequence"]}, "several granularities"),
+        ({"granularity": ["attn_token", "attn_sequence"]}, "may name one of each kind"),
         ({"kv": "some"}, "kv must be one of all, kept, got 'some'"),
         ({"pooling": "prompt"}, "pooling must be one of prefix"),
         ({"router": "mlp"}, "router must be one of linear, bottleneck, bias"),

@@ -35,7 +35,13 @@ from tiny import CACHE_KEY, FAMILIES, PAD, tiny_model
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 NEW = 6
-SOME = [Case(kv="all"), Case(sink=5, window=3), Case(granularity="attn_sequence")]
+SOME = [
+    Case(kv="all"),
+    Case(sink=5, window=3),
+    Case(granularity="attn_sequence"),
+    Case(granularity="mlp_sequence", kv="all"),
+    Case(granularity="attn_token+mlp_token"),
+]
 some_cases = pytest.mark.parametrize("case", SOME, ids=str)
 
 

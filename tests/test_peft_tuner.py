@@ -231,8 +231,10 @@ def test_saved_equals_loaded(base_folder: Path, tmp_path: Path, loader: str) -> 
     [
         {"kv": "all", "router": "bottleneck", "router_hidden": 3, "layers": [1, 2]},
         {"granularity": "attn_sequence", "decide_after": 4, "kv_sink": 2, "router": "bias"},
+        {"granularity": "mlp_token", "layers": [0, 2]},
+        {"granularity": ["mlp_sequence", "attn_token"], "decide_after": 3},
     ],
-    ids=["bottleneck-all", "sequence-bias"],
+    ids=["bottleneck-all", "sequence-bias", "mlp", "mlp-and-attention"],
 )
 def test_settings_are_loaded_too(base_folder: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
     folder, routed = saved(base_folder, tmp_path, **fields)
@@ -293,13 +295,16 @@ def test_disabled_adapter_is_the_dense_model(base_folder: Path, tmp_path: Path) 
     assert not any(p.requires_grad for p in model.parameters())  # it was loaded frozen
 
 
+@pytest.mark.parametrize("granularity", ["attn_token", ["attn_token", "mlp_token"]])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_unload_gives_back_the_very_same_model(base_folder: Path, checkpointing: bool) -> None:
+def test_unload_gives_back_the_very_same_model(
+    base_folder: Path, checkpointing: bool, granularity: str | list[str]
+) -> None:
     base = base_from(base_folder)
     if checkpointing:
         checkpoint_activations(base)
     before, dense = traces(base), logits(base)
-    model = adapted(base, layers=[0, 2])
+    model = adapted(base, layers=[0, 2], granularity=granularity)
     with model.disable_adapter():
         logits(model)
     assert traces(base) != before
@@ -699,6 +704,18 @@ def test_module_patterns_become_layers(
     assert [u.layer_idx for u in routing_of(adapter).units] == layers
     has_router = [hasattr(layer, "skip_router_attn") for layer in model.model.layers]
     assert [i for i, has in enumerate(has_router) if has] == layers
+
+
+def test_patterns_cannot_route_half_a_layer(model: PreTrainedModel) -> None:
+    config = RouterTuningConfig(
+        granularity=["attn_token", "mlp_token"], target_modules=["1.self_attn", "1.mlp", "2.mlp"]
+    )
+    before = traces(model)
+    with pytest.raises(ConfigError, match=r"leaves out others \(model.layers.2.self_attn\)"):
+        get_peft_model(model, config)
+    assert traces(model) == before
+    config = RouterTuningConfig(granularity="mlp_token", target_modules=["2.mlp"])
+    assert [u.name for u in routing_of(get_peft_model(model, config)).units] == ["layers.2.mlp"]
 
 
 def test_model_routed_by_the_engine_is_refused(model: PreTrainedModel) -> None:

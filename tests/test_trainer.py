@@ -144,10 +144,12 @@ def test_routers_move_and_the_base_does_not(family: str, objective: str, tmp_pat
     assert all("skip_router_attn" in name for name in names)
 
 
-@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+@pytest.mark.parametrize(
+    "granularity", ["attn_token", "attn_sequence", "mlp_token", ["attn_token", "mlp_sequence"]]
+)
 @pytest.mark.parametrize("start", ["all kept", "much skipped"])
 def test_kept_meets_the_budget_from_both_sides(
-    granularity: str, start: str, tmp_path: Path
+    granularity: str | list[str], start: str, tmp_path: Path
 ) -> None:
     model = routed(granularity=granularity, decide_after=4)
     if start == "much skipped":
@@ -307,11 +309,18 @@ def test_checkpointing_changes_no_gradient(
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_training_with_checkpointing_equals_training_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", ["attn_token", "mlp_token"]])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_training_with_checkpointing_equals_training_without(
+    family: str, granularity: str | list[str], tmp_path: Path
+) -> None:
+    def model() -> nn.Module:
+        return awake(routed(family, granularity=granularity))
+
     fields = {"save_strategy": "no", "max_steps": 5, "anneal_fraction": 0.2}
-    plain = trainer_of(awake(routed()), tmp_path, **fields)
+    plain = trainer_of(model(), tmp_path, **fields)
     plain.train()
-    saving = trainer_of(awake(routed()), tmp_path, **{CHECKPOINTING: True}, **fields)
+    saving = trainer_of(model(), tmp_path, **{CHECKPOINTING: True}, **fields)
     saving.train()
     assert all(x.gradient_checkpointing for x in decoder_layers(decoder_of(saving.routed)))
     for expected, got in zip(

@@ -22,6 +22,7 @@ from router_tuning.execution.projections import check_parts
 from router_tuning.execution.visibility import sliding_window_of
 from router_tuning.routers import make_router
 from router_tuning.units import (
+    KINDS,
     Unit,
     attention_of,
     decoder_layers,
@@ -30,6 +31,7 @@ from router_tuning.units import (
     hidden_size_of,
     is_sequence,
     kind_of,
+    part_of,
     post_norm_of,
 )
 from tiny import FAMILIES, tiny_model
@@ -48,8 +50,17 @@ def test_every_family_has_its_attentions(family: str) -> None:
         attention = attention_of(decoder, layer)
         assert attention is layer.self_attn
         check_parts(attention)
-        post_norm = post_norm_of(decoder, layer)
-        assert post_norm is (layer.post_attention_layernorm if family == "gemma3" else None)
+        assert part_of(decoder, layer, "mlp") is layer.mlp
+        post_norms = [post_norm_of(decoder, layer, kind) for kind in KINDS]
+        sandwich = family == "gemma3"
+        assert post_norms[0] is (layer.post_attention_layernorm if sandwich else None)
+        assert post_norms[1] is (layer.post_feedforward_layernorm if sandwich else None)
+
+
+def test_units_come_in_the_order_in_which_they_run() -> None:
+    config = RoutingConfig(granularity=["mlp_token", "attn_sequence"], layers=[2, 1])
+    names = [unit.name for unit in find_units(tiny_model(), config)]
+    assert names == ["layers.1.attn", "layers.1.mlp", "layers.2.attn", "layers.2.mlp"]
 
 
 def test_sliding_windows_are_found() -> None:

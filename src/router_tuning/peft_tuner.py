@@ -318,6 +318,15 @@ def _checked_units(model: nn.Module, config: RouterTuningConfig) -> dict[str, Un
             f"{', '.join(list(units)[:2])} and so on. Leave both at None and use `layers`."
         )
     config.layers = sorted({unit.layer_idx for unit in chosen.values()})
+    beside = [
+        name for name, u in units.items() if u.layer_idx in config.layers and name not in chosen
+    ]
+    if beside:
+        raise ConfigError(
+            f"target_modules={config.target_modules!r} with "
+            f"exclude_modules={config.exclude_modules!r} routes some units of a layer and leaves "
+            f"out others ({beside[0]}); name the kinds in granularity and the layers in `layers`"
+        )
     config.target_modules = config.exclude_modules = None
     return chosen
 

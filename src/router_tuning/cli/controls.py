@@ -192,6 +192,7 @@ def _settings(folder: str, record: dict[str, Any] | None, model: str) -> Setting
     else:
         config = RouterTuningConfig.from_pretrained(folder)
         layers = None if config.layers is None else ",".join(map(str, config.layers))
-        found = {**vars(config), "layers": layers}
+        granularity = ",".join(config.granularities)
+        found = {**vars(config), "layers": layers, "granularity": granularity}
     names = {field.name for field in fields(Settings)}
     return Settings(**{k: v for k, v in found.items() if k in names} | {"model": model})

@@ -34,6 +34,12 @@ def budgets_in(text: str) -> tuple[float, ...]:
     return tuple(sorted({check_budget(b) for b in found}, reverse=True))
 
 
+def granularities_in(text: str) -> str | list[str]:
+    """`attn_token,mlp_token` as a list of names; one name alone as it is."""
+    names = [part.strip() for part in text.split(",")]
+    return names[0] if len(names) == 1 else names
+
+
 def layers_in(text: str | None) -> list[int] | None:
     """`0-5,8` as indices; None for all layers.
 

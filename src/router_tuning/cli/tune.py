@@ -59,7 +59,8 @@ def tune(
             "--granularity",
             rich_help_panel=ROUTERS,
             metavar="G",
-            help="attn_token or attn_sequence.",
+            help="attn_token, attn_sequence, mlp_token or mlp_sequence; one of each kind, with a "
+            "comma between them.",
         ),
     ] = "attn_token",
     kv: Annotated[
@@ -136,7 +137,7 @@ def tune(
             "--decide-after",
             rich_help_panel=ROUTERS,
             min=1,
-            help="attn_sequence: tokens that decide.",
+            help="attn_sequence, mlp_sequence: tokens that decide.",
         ),
     ] = 32,
     router: Annotated[

@@ -17,7 +17,7 @@ from router_tuning.calibration import calibrate_windows
 from router_tuning.cli.adapters import WORK
 from router_tuning.cli.console import Bar, bar, warn
 from router_tuning.cli.material import Material, Recipe
-from router_tuning.cli.options import layers_in
+from router_tuning.cli.options import granularities_in, layers_in
 from router_tuning.config import RoutingConfig, threshold_for
 from router_tuning.data import WindowDataset, Windows
 from router_tuning.errors import BudgetError, ConfigError
@@ -76,6 +76,7 @@ class Settings:
         """The routing to tune, checked."""
         names = {field.name for field in fields(RoutingConfig)} - {"layers"}
         chosen = {name: value for name, value in asdict(self).items() if name in names}
+        chosen["granularity"] = granularities_in(self.granularity)
         config = RoutingConfig(**chosen, layers=layers_in(self.layers))
         config.check()
         if self.answers_only and self.objective != "lm":

@@ -69,7 +69,7 @@ def curve(result: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
 
 
 def _frame(axes: Any, result: Mapping[str, Any], title: str) -> None:
-    axes.set_xlabel("kept fraction of attention executions")
+    axes.set_xlabel("kept fraction of the routed kinds of units")
     axes.set_ylabel("loss over dense (nats a token)")
     if title:
         axes.set_title(title, loc="left", fontsize=11, color=INK)
