@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shlex
 import sys
 import tempfile
@@ -162,12 +163,14 @@ def _prepare(options: argparse.Namespace) -> Bench:
     tokenizer = load_tokenizer(options.model)
     examples = load_examples(options.train)
     held = max(len(examples) // 20, 1)  # the last of them: as training grows, they stay
+    rest = examples[:-held]
+    random.Random(0).shuffle(rest)  # files are sorted by subject, more or less
     report = {}
     for item in options.report:
         name, _, file = item.partition("=")
         report[name] = make_windows(tokenizer, load_examples(file), limit=options.report_windows)
     needed = options.steps * options.batch_size if options.settings else 1
-    train = make_windows(tokenizer, examples[:-held], limit=needed)
+    train = make_windows(tokenizer, rest, limit=needed)
     return Bench(
         options,
         trained,

@@ -84,9 +84,11 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     bias_learning_rate: float = field(
-        default=1e-1,
+        default=3e-2,
         metadata={
-            "help": "Learning rate of the routers' scalar biases, which set how much is kept."
+            "help": "Learning rate of the routers' scalar biases, which set how much is kept. Adam "
+            "moves every bias this far in a step, also those of units that must not be skipped: "
+            "much more takes them off before a gradient can tell."
         },
     )
     cooldown_fraction: float = field(
