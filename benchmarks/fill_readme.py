@@ -64,11 +64,12 @@ def _quality_table(path: Path, document: dict[str, Any], text: str, measure: str
         "| kept | " + " | ".join(f"{kept:.2f}" for kept in KEPT) + " | tuned on | seeds |",
         "|---|" + "---|" * (len(KEPT) + 2),
     ]
-    for runs in _groups(document["runs"]):
+    groups = _groups(document["runs"])
+    for runs in groups:
         curves = [_curve(one["routed"][text], measure, base) for one in runs]
         tokens = runs[0]["tuning"]["train_tokens"]
         lines.append(
-            f"| {NAMES[runs[0]['setting']]} | {_cells(curves)} | {tokens:,} | {len(curves)} |"
+            f"| {_name(runs[0], groups)} | {_cells(curves)} | {tokens:,} | {len(curves)} |"
         )
     for kind in ("cosine", "greedy"):
         rows = document.get("static", {}).get(text, {}).get(kind)
@@ -85,6 +86,13 @@ def _groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         key = json.dumps([run["setting"], run["tuning"]], sort_keys=True)
         found.setdefault(key, []).append(run)
     return list(found.values())
+
+
+def _name(run: dict[str, Any], groups: list[list[dict[str, Any]]]) -> str:
+    """The setting, with what tells its tunings apart where there are several."""
+    same = [runs[0]["tuning"] for runs in groups if runs[0]["setting"] == run["setting"]]
+    told = [name for name, value in run["tuning"].items() if any(t[name] != value for t in same)]
+    return ", ".join([NAMES[run["setting"]], *(f"{name} {run['tuning'][name]}" for name in told)])
 
 
 def _demo(path: Path) -> str:
