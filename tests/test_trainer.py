@@ -450,27 +450,6 @@ def test_half_precision_trains_fp32_routers(
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-def test_a_bias_has_so_far_to_go_however_long_the_training_is(tmp_path: Path) -> None:
-    def rate(**fields: Any) -> float:
-        trainer = trainer_of(routed(), tmp_path, save_strategy="no", **fields)
-        return float(trainer.create_optimizer().param_groups[-1]["lr"])
-
-    assert rate(max_steps=600) == pytest.approx(0.01)
-    assert rate(max_steps=200) == pytest.approx(0.03)
-    assert rate(max_steps=8) == pytest.approx(0.1)
-    assert rate(max_steps=600, bias_learning_rate=0.05) == pytest.approx(0.05)
-
-
-def test_the_length_of_a_training_by_epochs_is_known_too(tmp_path: Path) -> None:
-    trainer = trainer_of(
-        routed(), tmp_path, rows(4), max_steps=-1, num_train_epochs=120, save_strategy="no"
-    )
-    trainer.train()
-    assert trainer.optimizer is not None
-    assert trainer.state.max_steps == 120
-    assert trainer.optimizer.param_groups[-1]["initial_lr"] == pytest.approx(6 / 120)
-
-
 def test_biases_and_inner_weights_have_their_own_learning_rates(tmp_path: Path) -> None:
     model = routed(router="bottleneck", router_hidden=4)
     trainer = trainer_of(

@@ -16,12 +16,6 @@ from router_tuning.errors import ConfigError
 from router_tuning.training.warm_start import ROWS
 
 OBJECTIVES = ("distill", "lm")
-BIAS_TRAVEL = 6.0
-"""Logits. Adam moves every bias by its learning rate in each step, also those of units that must
-not be skipped: with much more way to go, these are off before a gradient can tell (decision 0006).
-"""
-FASTEST_BIAS = 0.1
-"""Logits a step: faster, the kept fraction swings around its target."""
 
 
 @dataclass
@@ -89,12 +83,10 @@ class RouterTrainingArguments(TrainingArguments):
             "router's is divided by the spread of its input."
         },
     )
-    bias_learning_rate: float | None = field(
-        default=None,
+    bias_learning_rate: float = field(
+        default=1e-1,
         metadata={
-            "help": "Learning rate of the routers' scalar biases, which set how much is kept. None "
-            f"takes what moves a bias by at most {BIAS_TRAVEL:g} logits in the whole training, and "
-            f"at most {FASTEST_BIAS:g}."
+            "help": "Learning rate of the routers' scalar biases, which set how much is kept."
         },
     )
     cooldown_fraction: float = field(
@@ -149,11 +141,7 @@ class RouterTrainingArguments(TrainingArguments):
             ("warm_start", self.warm_start >= 0, "at least 0"),
             ("threshold_range", 0 <= self.threshold_range < math.inf, "at least 0 and finite"),
             ("distill_positions", 0 < self.distill_positions <= 1, "in (0, 1]"),
-            (
-                "bias_learning_rate",
-                self.bias_learning_rate is None or self.bias_learning_rate > 0,
-                "above 0, or None",
-            ),
+            ("bias_learning_rate", self.bias_learning_rate > 0, "above 0"),
             ("cooldown_fraction", 0 <= self.cooldown_fraction <= 1, "in [0, 1]"),
         ):
             if not ok:
@@ -161,12 +149,6 @@ class RouterTrainingArguments(TrainingArguments):
         checkpointing: Any = self.gradient_checkpointing_kwargs or {}
         if checkpointing.get("use_reentrant"):
             raise ConfigError(REENTRANT)
-
-    def bias_rate(self, steps: int) -> float:
-        """Learning rate of the biases in a training of so many steps."""
-        if self.bias_learning_rate is not None:
-            return self.bias_learning_rate
-        return min(BIAS_TRAVEL / max(steps, 1), FASTEST_BIAS)
 
     def scheduler_kwargs(self, steps: int) -> dict[str, Any]:
         """The scheduler's own arguments for a training of so many steps."""

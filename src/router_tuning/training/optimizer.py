@@ -66,11 +66,10 @@ class _Spread:
 
 
 def parameter_groups(
-    model: nn.Module, args: RouterTrainingArguments, spreads: Mapping[str, float], steps: int
+    model: nn.Module, args: RouterTrainingArguments, spreads: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """A group for each router's input weight, with its `spread` and the learning rate divided by
-    it; one for what else trains in the routers; and one for the biases. `steps` is the length of
-    the training.
+    it; one for what else trains in the routers; and one for the biases.
     """
     decay = args.weight_decay
     groups: list[dict[str, Any]] = []
@@ -88,7 +87,7 @@ def parameter_groups(
     return [
         *groups,
         *_group(others, args.learning_rate, decay),
-        *_group(biases, args.bias_rate(steps), 0.0),
+        *_group(biases, args.bias_learning_rate, 0.0),
     ]
 
 

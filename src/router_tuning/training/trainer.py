@@ -97,11 +97,6 @@ class RouterTrainerMixin(_Trainer):
         assert isinstance(self.model, nn.Module)
         return self.model
 
-    @property
-    def _steps(self) -> int:
-        """Of the whole training; 0 where that is not known before it begins."""
-        return self.state.max_steps or max(self.args.max_steps, 0)
-
     # ---- loss ----
 
     def compute_loss(
@@ -253,7 +248,7 @@ class RouterTrainerMixin(_Trainer):
         if self.optimizer is None:
             model = self.routed if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
-            groups = parameter_groups(self.routed, self.args, self._spreads(), self._steps)
+            groups = parameter_groups(self.routed, self.args, self._spreads())
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
@@ -380,9 +375,8 @@ class RouterTrainerMixin(_Trainer):
         args = self.args
         saved = self._keep_last_good()
         raise TrainingError(
-            f"{what} in step {self.state.global_step + 1}; {saved}. Try a lower learning_rate "
-            f"(now {args.learning_rate:g}) and bias_learning_rate (now "
-            f"{args.bias_rate(self._steps):g}), "
+            f"{what} in step {self.state.global_step + 1}; {saved}. Try a lower learning_rate (now "
+            f"{args.learning_rate:g}) and bias_learning_rate (now {args.bias_learning_rate:g}), "
             f"{'float32 instead of half precision, ' if args.bf16 or args.fp16 else ''}or look for "
             "broken rows in the data"
         )
