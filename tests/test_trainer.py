@@ -92,6 +92,7 @@ def trainer_of(
         "logging_steps": 1,
         "save_steps": 4,
         "warm_start": 0,
+        "learning_rate": 1e-2,
         "threshold_range": 0.0,  # all rows alike, so that every loss can be worked out again
     }
     given = {**defaults, "use_cpu": True, "disable_tqdm": True, **fields}
