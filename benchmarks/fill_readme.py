@@ -61,16 +61,15 @@ def _quality_table(path: Path, document: dict[str, Any], text: str, measure: str
         f"{base[measure]:.3f}; {run['device']}, {run['dtype']}; "
         f"[{path.name}](benchmarks/results/{path.name})). Extra loss in nats a token:",
         "",
-        "| kept | " + " | ".join(f"{kept:.2f}" for kept in KEPT) + " | tuned on | seeds |",
+        "| kept (learning rates) | "
+        + " | ".join(f"{k:.2f}" for k in KEPT)
+        + " | tuned on | seeds |",
         "|---|" + "---|" * (len(KEPT) + 2),
     ]
-    groups = _groups(document["runs"])
-    for runs in groups:
+    for runs in _groups(document["runs"]):
         curves = [_curve(one["routed"][text], measure, base) for one in runs]
         tokens = runs[0]["tuning"]["train_tokens"]
-        lines.append(
-            f"| {_name(runs[0], groups)} | {_cells(curves)} | {tokens:,} | {len(curves)} |"
-        )
+        lines.append(f"| {_name(runs[0])} | {_cells(curves)} | {tokens:,} | {len(curves)} |")
     for kind in ("cosine", "greedy"):
         rows = document.get("static", {}).get(text, {}).get(kind)
         if rows:
@@ -88,11 +87,11 @@ def _groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
-def _name(run: dict[str, Any], groups: list[list[dict[str, Any]]]) -> str:
-    """The setting, with what tells its tunings apart where there are several."""
-    same = [runs[0]["tuning"] for runs in groups if runs[0]["setting"] == run["setting"]]
-    told = [name for name, value in run["tuning"].items() if any(t[name] != value for t in same)]
-    return ", ".join([NAMES[run["setting"]], *(f"{name} {run['tuning'][name]}" for name in told)])
+def _name(run: dict[str, Any]) -> str:
+    """The setting, and the learning rates of weights and biases."""
+    tuning = run["tuning"]
+    rates = f"{tuning['learning_rate']:g} / {tuning['bias_learning_rate']:g}"
+    return f"{NAMES[run['setting']]}; {rates}"
 
 
 def _demo(path: Path) -> str:
