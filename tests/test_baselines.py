@@ -187,17 +187,31 @@ def test_cosine_order_equals_the_obvious_computation(family: str) -> None:
         after = getattr(layer, name).register_forward_pre_hook(
             lambda module, args, seen=seen: seen.update(after=args[0])
         )
+        end = layer.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.update(end=output)
+        )
         with torch.no_grad():
             model(text.ids)
-        before.remove()
-        after.remove()
-        cosine = torch.nn.functional.cosine_similarity(seen["before"], seen["after"], dim=-1)
-        similarities[f"layers.{index}.attn"] = float(cosine.mean())
-    attach(model, RoutingConfig())
+        for hook in (before, after, end):
+            hook.remove()
+        for kind, first, last in (("attn", "before", "after"), ("mlp", "after", "end")):
+            cosine = torch.nn.functional.cosine_similarity(seen[first], seen[last], dim=-1)
+            similarities[f"layers.{index}.{kind}"] = float(cosine.mean())
+    attach(model, RoutingConfig(granularity=["attn_token", "mlp_token"]))
     randomize(model)  # which must not matter: the dense model is measured
     order = cosine_order(model, text, batch_size=3)
     assert order == sorted(similarities, key=lambda name: -similarities[name])
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_two_units_of_a_layer_have_random_masks_of_their_own() -> None:
+    model, given = (
+        routed_model(Case(granularity="attn_token+mlp_token")),
+        batch(20, 60, padded=False),
+    )
+    keep = decisions(model, RandomMask(0.5), given).decisions()
+    same = (keep["layers.1.attn"] == keep["layers.1.mlp"]).float().mean()
+    assert float(same) == pytest.approx(0.5, abs=0.05)  # of 1200
 
 
 def test_cosine_order_names_routed_layers_only() -> None:

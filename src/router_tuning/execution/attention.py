@@ -1,4 +1,4 @@
-"""The forwards that stand before attentions and post-norms: decide, record, and carry it out.
+"""The forwards that stand before attentions: decide, record, and carry the decision out.
 
 Shapes: B batch, T tokens of this forward, D hidden.
 """

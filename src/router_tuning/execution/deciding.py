@@ -41,10 +41,9 @@ def _logits(
     if not is_sequence(context.granularity(unit)):
         return Decision(logits_BT)
     after = context.config.decide_after
-    prefix = None
-    if layer is not None:
-        fresh = PrefixLogits(context.rows, after, x_BTD.device)
-        prefix = layer.prefixes.setdefault(unit.kind, fresh)
+    prefix = None if layer is None else layer.prefixes.get(unit.kind)
+    if layer is not None and prefix is None:
+        prefix = layer.prefixes[unit.kind] = PrefixLogits(context.rows, after, x_BTD.device)
     past = None if prefix is None else prefix.sums()
     decision = pool_prefix(
         logits_BT, context.position_BT, context.real_BT, after, past, context.sequence_BT
