@@ -8,25 +8,12 @@ not the identity, so that skipping a unit moves the logits by far more than roun
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 97
 PAD, BOS, EOS = 0, 1, 2
@@ -52,45 +39,88 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": EOS,
     "tie_word_embeddings": False,
 }
-_QWEN2_SHAPE = {name: value for name, value in _SHAPE.items() if name != "head_dim"}
-
-
-def _llama(**fields: Any) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**{**_SHAPE, **fields}))
-
-
-def _mistral(**fields: Any) -> PreTrainedModel:
-    return MistralForCausalLM(MistralConfig(**{**_SHAPE, "sliding_window": None, **fields}))
-
-
-def _qwen2(**fields: Any) -> PreTrainedModel:
-    return Qwen2ForCausalLM(Qwen2Config(**{**_QWEN2_SHAPE, **fields}))
-
-
-def _qwen3(**fields: Any) -> PreTrainedModel:
-    return Qwen3ForCausalLM(Qwen3Config(**{**_SHAPE, **fields}))
-
-
-def _gemma3(**fields: Any) -> PreTrainedModel:
-    num_layers = fields.get("num_hidden_layers", _SHAPE["num_hidden_layers"])
-    kinds = ("sliding_attention", "full_attention")
-    own = {
-        "sliding_window": SLIDING_WINDOW,
-        "layer_types": [kinds[i % 2] for i in range(num_layers)],
-        "query_pre_attn_scalar": 8,
-        "tie_word_embeddings": True,  # as every real Gemma 3
-    }
-    return Gemma3ForCausalLM(Gemma3TextConfig(**{**_SHAPE, **own, **fields}))
-
-
-_FACTORIES: dict[str, Callable[..., PreTrainedModel]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gemma3": _gemma3,
+_NO_HEAD_DIM = {name: value for name, value in _SHAPE.items() if name != "head_dim"}
+_SLIDING = {
+    "sliding_window": SLIDING_WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
-FAMILIES = tuple(_FACTORIES)
+_GPT2 = {  # its own words for the shape; a context that fits the longest test
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LATENT = {  # multi-head latent attention
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+_OWN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("Llama", _SHAPE, {}),
+    "mistral": ("Mistral", _SHAPE, {"sliding_window": None}),
+    "qwen2": ("Qwen2", _NO_HEAD_DIM, {}),
+    "qwen3": ("Qwen3", _SHAPE, {}),
+    "gemma3": (  # real Gemmas tie their embeddings
+        "Gemma3",
+        _SHAPE,
+        {**_SLIDING, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+    ),
+    "gemma2": ("Gemma2", _SHAPE, {**_SLIDING, "query_pre_attn_scalar": 8}),
+    "smollm3": ("SmolLM3", _NO_HEAD_DIM, {"no_rope_layers": [1, 1, 1, 0]}),
+    "phi3": (
+        "Phi3",
+        _NO_HEAD_DIM,
+        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "partial_rotary_factor": 0.5},
+    ),
+    "olmo2": ("Olmo2", _NO_HEAD_DIM, {}),
+    "granite": (
+        "Granite",
+        _NO_HEAD_DIM,
+        {"attention_multiplier": 0.35, "residual_multiplier": 0.8, "logits_scaling": 1.5},
+    ),
+    "gpt_neox": ("GPTNeoX", _NO_HEAD_DIM, {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
+    "falcon": ("Falcon", _NO_HEAD_DIM, {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gpt2": ("GPT2", _GPT2, {}),
+    "cohere2": ("Cohere2", _NO_HEAD_DIM, {**_SLIDING, "logit_scale": 1.0}),
+    "mixtral": ("Mixtral", _SHAPE, {"num_local_experts": 4, "sliding_window": None}),
+    "qwen3_moe": ("Qwen3Moe", _SHAPE, {**_EXPERTS, "mlp_only_layers": [1]}),
+    "olmoe": ("Olmoe", _NO_HEAD_DIM, {**_EXPERTS, "clip_qkv": 2.0}),
+    "deepseek_v3": ("DeepseekV3", _NO_HEAD_DIM, _LATENT),
+    "gpt_oss": ("GptOss", _SHAPE, {**_SLIDING, "num_local_experts": 4}),
+}
+"""The start of the class names, the shape in the family's words, and what is its own."""
+
+
+def _make(family: str, **fields: Any) -> PreTrainedModel:
+    name, shape, own = _OWN[family]
+    config_name = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    config = getattr(transformers, config_name)(**{**shape, **own, **fields})
+    model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    made: PreTrainedModel = model(config)
+    return made
+
+
+FAMILIES = tuple(_OWN)
+EAGER_ONLY = ("gemma2", "gpt_oss")  # soft caps and sinks, which SDPA has not
 
 
 def tiny_model(
@@ -103,7 +133,8 @@ def tiny_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _FACTORIES[family](attn_implementation=attn_implementation, **fields)
+        implementation = "eager" if family in EAGER_ONLY else attn_implementation
+        model = _make(family, attn_implementation=implementation, **fields)
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norm scales and biases, which start as the identity
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from router_tuning.config import RoutingConfig, check_budget, threshold_for
 from router_tuning.errors import ConfigError, UnsupportedCallError
 from router_tuning.execution.attention import carry_context, routed_attention
+from router_tuning.execution.block import routed_block
 from router_tuning.execution.cache import check_cache
 from router_tuning.execution.context import (
     CONTEXT_KEY,
@@ -30,7 +31,7 @@ from router_tuning.execution.context import (
     original_method,
     routing_of,
 )
-from router_tuning.execution.handover import gate_post_norm
+from router_tuning.execution.handover import gate_post_norm, opened
 from router_tuning.execution.mlp import routed_mlp
 from router_tuning.execution.projections import check_parts
 from router_tuning.routers import make_router
@@ -40,18 +41,24 @@ from router_tuning.units import (
     attention_of,
     decoder_layers,
     decoder_of,
+    family_of,
     find_units,
     hidden_size_of,
     kinds_of,
     part_of,
     post_norm_of,
     router_child,
+    unroutable,
     unwrap,
 )
 
 __all__ = ["attach", "detach", "install", "routing_of", "set_budget", "uninstall"]
 
-STAND_INS: dict[str, Callable[..., Any]] = {"attn": routed_attention, "mlp": routed_mlp}
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "attn": routed_attention,
+    "mlp": routed_mlp,
+    "block": routed_block,
+}
 """The routed forward of each kind of unit."""
 
 CONTINUOUS = (
@@ -98,18 +105,21 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
     units = _checked_units(model, config)
     decoder.__dict__["routing"] = Routing(config, units, len(layers) * len(kinds_of(config)))
     for layer in layers:
-        _replace(attention_of(decoder, layer), "forward", carry_context)
+        attention = attention_of(decoder, layer)
+        if attention is not None:
+            _replace(attention, "forward", carry_context)
     for unit in units:
         layer = layers[unit.layer_idx]
         part = part_of(decoder, layer, unit.kind)
+        attention = attention_of(decoder, layer)
         post_norm = post_norm_of(decoder, layer, unit.kind)
         part.__dict__["skip_unit"] = unit
         _replace(part, "forward", STAND_INS[unit.kind])
         if post_norm is not None:
             post_norm.__dict__["skip_unit"] = unit
             _replace(post_norm, "forward", gate_post_norm)
-        if unit.kind == "mlp":
-            attention_of(decoder, layer).__dict__["skip_followed_by"] = unit.layer_idx
+        if unit.kind == "mlp" and attention is not None:
+            attention.__dict__["skip_followed_by"] = unit.layer_idx
     _replace(decoder, "forward", _enter_decoder)
     causal = unwrap(model)
     if causal is not decoder:
@@ -124,8 +134,9 @@ def _checked_units(model: nn.Module, config: RoutingConfig) -> tuple[Unit, ...]:
     decoder = decoder_of(model)
     units = tuple(find_units(model, config))
     for unit in units:
-        if unit.kind == "attn":
-            check_parts(attention_of(decoder, decoder_layers(decoder)[unit.layer_idx]))
+        attention = attention_of(decoder, decoder_layers(decoder)[unit.layer_idx])
+        if unit.kind != "mlp" and attention is not None and family_of(decoder).parts:
+            check_parts(attention)
     return units
 
 
@@ -136,8 +147,11 @@ def uninstall(model: nn.Module) -> None:
     modules = [decoder, causal]
     for layer in decoder_layers(decoder):
         for kind in KINDS:
-            parts = (part_of(decoder, layer, kind), post_norm_of(decoder, layer, kind))
-            modules += [part for part in parts if part is not None]
+            if unroutable(decoder, layer, kind) is None:
+                parts = (part_of(decoder, layer, kind), post_norm_of(decoder, layer, kind))
+                modules += [part for part in parts if part is not None]
+        attention = attention_of(decoder, layer)
+        modules += [] if attention is None else [attention]
     for module in modules:
         module.__dict__.pop("skip_unit", None)
         module.__dict__.pop("skip_followed_by", None)
@@ -186,7 +200,8 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
     routing = routing_of(decoder)
     options = options_for(decoder)
     if options.dense or not routing.enabled:
-        return dense_forward(*args, **kwargs)
+        with opened(None):
+            return dense_forward(*args, **kwargs)
     given = _bind(type(decoder), args, kwargs)
     inputs = given.get("input_ids")
     inputs = given.get("inputs_embeds") if inputs is None else inputs
@@ -204,7 +219,7 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
         kwargs = _without_cache(given, kwargs)
         cache = None
     elif _fills_a_cache(decoder, given):
-        check_cache(cache)
+        check_cache(cache, routing.cached_layers())
         position_ids = None  # transformers tells packed texts apart only where no cache is filled
     context = open_forward(
         decoder,
@@ -217,11 +232,25 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
         _thresholds(routing.config, budget),
         path,
     )
-    output = dense_forward(*args, **{CONTEXT_KEY: context}, **kwargs)
+    if family_of(decoder).keywords:
+        kwargs[CONTEXT_KEY] = context
+    elif context.masked and _checkpoints_activations(decoder):
+        raise UnsupportedCallError(
+            f"activation checkpointing runs layers of {type(decoder).__name__} again without what "
+            "their units decided; switch it off to train routers on this family"
+        )
+    with opened(context):
+        output = dense_forward(*args, **kwargs)
     # Appended when it is complete: an interrupted forward leaves no half record.
     if options.trace is not None:
         options.trace.forwards.append(context.record)
     return output
+
+
+def _checkpoints_activations(decoder: nn.Module) -> bool:
+    layers = decoder_layers(decoder)
+    own = any(getattr(module, "gradient_checkpointing", False) for module in [decoder, *layers])
+    return own and decoder.training
 
 
 def _cache_in(given: dict[str, Any]) -> Any:

@@ -23,7 +23,6 @@ GRANULARITIES = (
     "block_token",
     "block_sequence",
 )
-AVAILABLE = ("attn_token", "attn_sequence", "mlp_token", "mlp_sequence")
 ROUTERS = ("linear", "bottleneck", "bias")
 KV_POLICIES = ("all", "kept")
 ROUNDING = 1e-6
@@ -123,11 +122,6 @@ def _check_names(config: RoutingConfig) -> None:
             raise ConfigError(
                 f"granularity must be one of {', '.join(GRANULARITIES)}, got {name!r}"
             )
-        if name not in AVAILABLE:
-            raise ConfigError(
-                f"granularity {name!r} is not available in this version; use "
-                f"{' or '.join(AVAILABLE)}"
-            )
     kinds = [name.partition("_")[0] for name in config.granularities]
     for name, kind in zip(config.granularities, kinds, strict=True):
         if kinds.count(kind) > 1:
@@ -135,6 +129,11 @@ def _check_names(config: RoutingConfig) -> None:
                 f"a unit decides by token or by sequence, so granularity may name one of each "
                 f"kind; got {', '.join(config.granularities)}, of which {name!r} is not alone"
             )
+    if "block" in kinds and len(kinds) > 1:
+        raise ConfigError(
+            "a block holds its layer's attention and MLP, so it is routed alone; got "
+            f"{', '.join(config.granularities)}"
+        )
     for name, value, allowed in (
         ("kv", config.kv, KV_POLICIES),
         ("pooling", config.pooling, ("prefix",)),

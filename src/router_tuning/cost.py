@@ -229,7 +229,7 @@ def _written(forward: ForwardRecord, name: str) -> int:
 
 def _mlp_cost(decoder: nn.Module, layer: nn.Module, index: int, trace: Trace, tokens: int) -> Cost:
     """What is left of a layer without its attention: of an MLP, routed or not."""
-    attention = set(attention_of(decoder, layer).modules())
+    attention = set(part_of(decoder, layer, "attn").modules())
     routers = [getattr(layer, router_child(kind), nn.Module()) for kind in KINDS]
     beside = {module for router in routers for module in router.modules()}
     mlp = set(part_of(decoder, layer, "mlp").modules())

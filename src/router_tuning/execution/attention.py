@@ -10,31 +10,38 @@ from typing import Any
 from torch import nn
 
 from router_tuning.execution.cache import RoutedCacheLayer, check_layer, touch
-from router_tuning.execution.call import AttentionCall
+from router_tuning.execution.call import UnitCall
 from router_tuning.execution.context import CONTEXT_KEY, ForwardContext, original_forward
 from router_tuning.execution.deciding import decide
-from router_tuning.execution.handover import gated, hand_over
-from router_tuning.execution.masked import masked_attention
+from router_tuning.execution.gathered import gathered_call
+from router_tuning.execution.handover import gated, hand_over, handed_in
+from router_tuning.execution.masked import masked_call
 from router_tuning.execution.tokens import skipping_attention
-from router_tuning.units import Unit, is_sequence
+from router_tuning.units import Unit, family_of, first_of, is_sequence
 
 
 def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for a routed attention's forward; without a context it is the dense forward."""
-    context: ForwardContext | None = kwargs.pop(CONTEXT_KEY, None)
+    context = handed_in(kwargs)
     hand_over(attention, context)
     dense_forward = original_forward(attention)
     if context is None:
         return dense_forward(*args, **kwargs)
-    call = AttentionCall.read(args, kwargs)
+    call = UnitCall.read(attention, args, kwargs)
     unit: Unit = attention.__dict__["skip_unit"]
     if context.masked:
-        decision = decide(unit, call.x_BTD, context, None)
-        output, gate_BT = masked_attention(dense_forward, attention, call, decision, unit, context)
-        return gated(output, gate_BT, unit, context), None
-    layer = _cache_layer(call.cache, unit, context)
-    decision = decide(unit, call.x_BTD, context, layer)
-    return skipping_attention(dense_forward, attention, call, decision, layer, unit, context)
+        decided = decide(unit, call.x_BTD, context, None)
+        output = masked_call(dense_forward, attention, call, decided, unit, context)
+        assert decided.soft_BT is not None
+        return gated(first_of(output), decided.soft_BT, unit, context), None
+    layer = cache_layer(call.cache, unit, context)
+    decided = decide(unit, call.x_BTD, context, layer)
+    if family_of(context.decoder).parts:
+        return skipping_attention(dense_forward, attention, call, decided, layer, unit, context)
+    nothing_BTD = call.x_BTD.new_zeros(call.x_BTD.shape)
+    return gathered_call(
+        dense_forward, attention, call, decided, layer, unit, context, nothing_BTD
+    ), None
 
 
 def carry_context(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -43,8 +50,8 @@ def carry_context(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return original_forward(attention)(*args, **kwargs)
 
 
-def _cache_layer(cache: Any, unit: Unit, context: ForwardContext) -> RoutedCacheLayer | None:
-    """The routed cache layer, where the policy or the granularity needs one."""
+def cache_layer(cache: Any, unit: Unit, context: ForwardContext) -> RoutedCacheLayer | None:
+    """The routed cache layer of a unit, where the policy or the granularity needs one."""
     if cache is None:
         return None
     if context.config.kv == "kept" or is_sequence(context.granularity(unit)):

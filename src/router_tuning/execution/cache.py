@@ -12,7 +12,7 @@ Shapes: B batch, H key/value heads, S slots, N tokens written, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -40,9 +40,7 @@ class KeptKeys:
     copied away. Kept and sink tokens are appended from slot `ring` on.
     """
 
-    def __init__(
-        self, batch: int, key_NHD: Tensor, value_NHD: Tensor, window: int, sliding: int | None
-    ) -> None:
+    def __init__(self, batch: int, window: int, sliding: int | None, device: torch.device) -> None:
         self.window = window
         self.ring = window + CROP_SLACK if window else 0
         self.sliding = sliding
@@ -50,19 +48,21 @@ class KeptKeys:
         self.furthest = 0  # most columns seen; the ring holds the latest before this one
         self.forgotten = 0  # columns below this were dropped by a sliding layer
         self.lengths = [0] * batch
-        self.keys = key_NHD.new_zeros((batch, key_NHD.shape[1], self.ring, key_NHD.shape[2]))
-        self.values = value_NHD.new_zeros(
-            (batch, value_NHD.shape[1], self.ring, value_NHD.shape[2])
-        )
-        self.columns_BS = torch.full((batch, self.ring), -1, device=key_NHD.device)
+        self.keys: Tensor | None = None  # (B, H, S, D), once the first token is written
+        self.values: Tensor | None = None
+        self.columns_BS = torch.full((batch, self.ring), -1, device=device)
 
     @property
     def used(self) -> int:
         """Slots in use by the longest row."""
         return self.ring + max(self.lengths, default=0)
 
-    def view(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys (B, H, S, D), values and columns (B, S) in use; column -1 marks an empty slot."""
+    def view(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys (B, H, S, D), values and columns (B, S) in use; column -1 marks an empty slot. None
+        before the first token is written.
+        """
+        if self.keys is None or self.values is None:
+            return None
         used = self.used
         return self.keys[:, :, :used], self.values[:, :, :used], self.columns_BS[:, :used]
 
@@ -81,6 +81,11 @@ class KeptKeys:
         """Write tokens, ordered by row and then by column. `seen` is advanced by `advance`, not
         here.
         """
+        if self.keys is None:
+            self.keys, self.values = (
+                x_NHD.new_zeros((len(self.lengths), x_NHD.shape[1], self.ring, x_NHD.shape[2]))
+                for x_NHD in (key_NHD, value_NHD)
+            )
         counts = torch.bincount(row_N[permanent_N], minlength=len(self.lengths)).tolist()
         self._make_room(counts)
         row, slot = row_N[permanent_N], self._next_slots(row_N[permanent_N], counts)
@@ -106,7 +111,7 @@ class KeptKeys:
         """Keys that the policy names now: kept and sink ones (within a sliding window), and the
         latest skipped.
         """
-        _, _, columns_BS = self.view()
+        columns_BS = self.columns_BS[:, : self.used]
         oldest = self.seen - self.window + 1
         held_BS = (columns_BS >= 0) & (self.permanent_S() | (columns_BS >= oldest))
         if self.sliding is not None:
@@ -139,7 +144,8 @@ class KeptKeys:
         """Rearrange the rows: `pick` maps a tensor with a batch dimension to the new one."""
         lengths = torch.tensor(self.lengths, device=self.columns_BS.device)
         self.lengths = pick(lengths).tolist()
-        self.keys, self.values = pick(self.keys), pick(self.values)
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = pick(self.keys), pick(self.values)
         self.columns_BS = pick(self.columns_BS)
 
     def _next_slots(self, row_N: Tensor, counts: list[int]) -> Tensor:
@@ -152,6 +158,8 @@ class KeptKeys:
         return self.ring + firsts[row_N] + torch.arange(row_N.numel(), device=row_N.device)
 
     def _put(self, row: Tensor, slot: Tensor, column: Tensor, key: Tensor, value: Tensor) -> None:
+        assert self.keys is not None
+        assert self.values is not None
         self.keys[row, :, slot] = key.to(self.keys.dtype)
         self.values[row, :, slot] = value.to(self.values.dtype)
         self.columns_BS[row, slot] = column
@@ -163,13 +171,15 @@ class KeptKeys:
             missing = self._missing(counts)
         if missing > 0:
             # A prefill is stored to measure; decoding grows by steps, so that it seldom copies.
+            assert self.keys is not None
+            assert self.values is not None
             grow = max(missing, GROWTH) if any(self.lengths) else missing
             self.keys, self.values = _pad_slots(self.keys, grow), _pad_slots(self.values, grow)
             self.columns_BS = torch.nn.functional.pad(self.columns_BS, (0, grow), value=-1)
 
     def _missing(self, counts: list[int]) -> int:
         needed = max(n + c for n, c in zip(self.lengths, counts, strict=True))
-        return self.ring + needed - self.keys.shape[2]
+        return self.ring + needed - self.columns_BS.shape[1]
 
     def _drop_expired(self, first: int) -> None:
         """Give up the permanent slots of columns before `first` and close the rows up."""
@@ -258,11 +268,15 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        return self.store.view()[0] if self.store is not None else self.inner.keys
+        return self._held(0) if self.store is not None else self.inner.keys
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        return self.store.view()[1] if self.store is not None else self.inner.values
+        return self._held(1) if self.store is not None else self.inner.values
+
+    def _held(self, index: int) -> Tensor | None:
+        view = None if self.store is None else self.store.view()
+        return None if view is None else view[index]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.inner.lazy_initialization(key_states, value_states)
@@ -299,19 +313,18 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return int(getattr(self.inner, "get_max_cache_shape", self.inner.get_max_length)())
 
     def begin_skipping(
-        self, batch: int, key_NHD: Tensor, value_NHD: Tensor, window: int, real_BC: Tensor | None
+        self, batch: int, window: int, real_BC: Tensor | None, device: torch.device
     ) -> KeptKeys:
-        """Move what the dense layer holds (all of it kept) to a KeptKeys, leaving the pads behind.
-
-        The keys and values given (any number of tokens) only show shape, dtype and device.
+        """Move what the dense layer holds (all of it kept) to a KeptKeys, leaving the pads
+        behind.
         """
         if self.store is not None:
             return self.store
-        self.store = KeptKeys(batch, key_NHD, value_NHD, window, self.sliding_window)
+        self.store = KeptKeys(batch, window, self.sliding_window, device)
         seen = int(self.inner.get_seq_length())
         if seen:
             held = self.inner.keys.shape[2]
-            columns = torch.arange(seen - held, seen, device=key_NHD.device)
+            columns = torch.arange(seen - held, seen, device=device)
             real_BT = real_columns(real_BC, columns, batch)
             row, token = real_BT.nonzero(as_tuple=True)
             keys, values = self.inner.keys[row, :, token], self.inner.values[row, :, token]
@@ -394,16 +407,15 @@ def touch(cache: object, layer_idx: int) -> RoutedCacheLayer:
     return routed
 
 
-def check_cache(cache: object) -> None:
-    """Refuse a cache that routing cannot serve, before anything is read from it.
+def check_cache(cache: object, layers: Iterable[int]) -> None:
+    """Refuse a cache whose routed layers routing cannot serve, before anything is read from it.
 
     Raises:
         UnsupportedCallError: paged, static, offloaded, quantised, or no cache of transformers.
     """
-    if cache is None:
-        return
-    for layer_idx in range(len(getattr(cache, "layers", [])) or 1):
-        check_layer(cache, layer_idx)
+    if cache is not None:
+        for layer_idx in layers:
+            check_layer(cache, layer_idx)
 
 
 def check_layer(cache: object, layer_idx: int) -> Any:

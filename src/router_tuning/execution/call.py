@@ -1,50 +1,99 @@
-"""What an attention was called with, and what was decided for it.
+"""What a unit was called with, and what was decided for it.
 
-Shapes: B batch, T tokens of this forward, D hidden.
+Shapes: B batch, T tokens of this forward, D hidden, R rows of a group, L tokens of each.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from router_tuning.execution.context import ForwardContext
 from router_tuning.record import UnitRecord
 
+MASK = "attention_mask"
+CACHES = ("cache", "past_key_values", "layer_past")
+"""What attentions and layers call their cache; since transformers 5.24 most say the first."""
+
 
 @dataclass(frozen=True)
-class AttentionCall:
-    """The arguments of an attention that routing reads, under one name each."""
+class UnitCall:
+    """The arguments of an attention or a decoder layer, under their names."""
 
-    x_BTD: Tensor
-    rope: tuple[Tensor, Tensor]
-    mask: Any
-    cache: Any
+    state: str
+    """Name of the hidden states among the arguments."""
     kwargs: dict[str, Any]
-    """All arguments, as the dense forward wants them."""
 
     @classmethod
-    def read(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
-        """transformers calls attentions by keyword; `cache` was `past_key_values` before 5.24."""
-        if args:
-            kwargs = {"hidden_states": args[0], **kwargs}
-        cache = kwargs.get("cache")
-        cache = kwargs.get("past_key_values") if cache is None else cache
-        return cls(
-            kwargs["hidden_states"],
-            kwargs["position_embeddings"],
-            kwargs.get("attention_mask"),
-            cache,
-            kwargs,
-        )
+    def read(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitCall:
+        """Put names to positional arguments."""
+        names = _names(type(module))  # type: ignore[arg-type]
+        return cls(names[0], {**dict(zip(names, args, strict=False)), **kwargs})
 
-    def without_cache(self, mask: Any) -> dict[str, Any]:
-        """Arguments for a dense call on the same tokens under another mask, writing no cache."""
-        changed = {"attention_mask": mask}
-        changed.update({name: None for name in ("cache", "past_key_values") if name in self.kwargs})
-        return {**self.kwargs, **changed}
+    @property
+    def x_BTD(self) -> Tensor:
+        """The hidden states."""
+        x_BTD: Tensor = self.kwargs[self.state]
+        return x_BTD
+
+    @property
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions."""
+        rope: tuple[Tensor, Tensor] = self.kwargs["position_embeddings"]
+        return rope
+
+    @property
+    def mask(self) -> Any:
+        """The mask that the model made for this attention, or None."""
+        return self.kwargs.get(MASK)
+
+    @property
+    def cache(self) -> Any:
+        """The cache, under whatever name it came."""
+        return next((c for n in CACHES if (c := self.kwargs.get(n)) is not None), None)
+
+    def without_cache(self, mask: Any) -> UnitCall:
+        """A call on the same tokens under another mask, writing no cache."""
+        return self.over(None, {**self.kwargs, MASK: mask})
+
+    def at(self, row_RL: Tensor, token_RL: Tensor, mask: Any, cache: Any) -> UnitCall:
+        """A call on some tokens only: (R, L) places, of which all rows have equally many.
+
+        Whatever has the shape (B or 1, T, ...) is taken to belong to the tokens.
+        """
+        batch, length = self.x_BTD.shape[:2]
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(pick(part) for part in value)
+            if not isinstance(value, Tensor) or value.ndim < 2:
+                return value
+            if value.shape[1] != length or value.shape[0] not in (1, batch):
+                return value
+            return value[row_RL if value.shape[0] == batch else row_RL * 0, token_RL]
+
+        taken = {name: pick(value) for name, value in self.kwargs.items() if name != MASK}
+        return self.over(cache, {**taken, MASK: mask})
+
+    def over(self, cache: Any, kwargs: dict[str, Any]) -> UnitCall:
+        """The same call with a cache, under the name that the module knows."""
+        changed = {name: cache for name in CACHES if name in self.kwargs}
+        return UnitCall(self.state, {**kwargs, **changed})
+
+    def run(self, forward: Callable[..., Any]) -> Any:
+        """Call a forward; hidden states go first, as activation checkpointing wants them."""
+        rest = {name: value for name, value in self.kwargs.items() if name != self.state}
+        return forward(self.x_BTD, **rest)
+
+
+@functools.cache
+def _names(module_class: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

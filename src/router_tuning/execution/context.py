@@ -27,12 +27,16 @@ from router_tuning.units import (
     Unit,
     decoder_layers,
     decoder_of,
-    kind_of,
+    granularity_of,
+    input_norm_of,
+    is_sequence,
     post_norm_of,
     router_child,
 )
 
 Path = Literal["masked", "skipping"]
+
+RMS_EPSILON = 1e-6
 
 CONTEXT_KEY = "routing_context"
 """The keyword under which a forward's context travels to its attentions."""
@@ -48,6 +52,15 @@ class Routing:
     units: tuple[Unit, ...]
     num_units_of_kind: int
     enabled: bool = True
+
+    def cached_layers(self) -> set[int]:
+        """The layers whose keys or decisions a cache has to hold for the units."""
+        config = self.config
+        return {
+            unit.layer_idx
+            for unit in self.units
+            if unit.kind != "mlp" or is_sequence(granularity_of(config, unit))
+        }
 
 
 @dataclass
@@ -86,11 +99,22 @@ class ForwardContext:
 
     def granularity(self, unit: Unit) -> str:
         """The granularity under which a unit is routed."""
-        return next(g for g in self.config.granularities if kind_of(g) == unit.kind)
+        return granularity_of(self.config, unit)
 
     def post_norm(self, unit: Unit) -> nn.Module | None:
         """The norm after a unit in sandwich families."""
         return post_norm_of(self.decoder, decoder_layers(self.decoder)[unit.layer_idx], unit.kind)
+
+    def read(self, unit: Unit, x_BTD: Tensor) -> Tensor:
+        """What a unit's router reads of its input: a block's through the layer's first norm, and a
+        raw residual (post-norm families) under an RMS norm without parameters.
+        """
+        layer = decoder_layers(self.decoder)[unit.layer_idx]
+        norm = input_norm_of(self.decoder, layer)
+        if norm is None:
+            scale = x_BTD.float().square().mean(-1, keepdim=True).add(RMS_EPSILON).rsqrt()
+            return (x_BTD * scale).to(x_BTD.dtype)
+        return norm(x_BTD) if unit.kind == "block" else x_BTD
 
     def router(self, unit: Unit) -> nn.Module:
         """The router beside a unit."""

@@ -18,6 +18,7 @@ def decide(
     unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
 ) -> Decided:
     """What a unit does in this forward; `layer` remembers what a sequence decision needs."""
+    x_BTD = context.read(unit, x_BTD)
     if context.decider is not None:
         keep_BT = context.decider(unit, x_BTD, context) & context.real_BT
         return Decided(keep_BT, keep_BT.float() if context.masked else None, None)

@@ -1,8 +1,10 @@
-"""What one part of a decoder layer leaves for the next: the context, and a gate for a post-norm.
+"""How a forward's context reaches its units, and a gate its post-norm.
 
-Only attentions are called with keywords, and a residual branch ends in a norm that is called with
-nothing else, so both are handed over in a variable of the running context, and taken at once. That
-happens inside the layer, so activation checkpointing does it again when it runs a layer again.
+Layers and attentions are called with keywords, and an attention leaves the context for the MLP
+behind it in a variable of the running context. That happens inside the layer, so activation
+checkpointing does it again when it runs a layer again. Families that hand no keywords on find the
+context where the door left it, which activation checkpointing does not do again. A gate waits in
+such a variable too, since a residual branch may end in a norm that is called with nothing else.
 
 Shapes: B batch, T tokens, D hidden.
 """
@@ -10,19 +12,42 @@ Shapes: B batch, T tokens, D hidden.
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from router_tuning.execution.context import ForwardContext, original_forward
+from router_tuning.execution.context import CONTEXT_KEY, ForwardContext, original_forward
 from router_tuning.units import Unit
 
 _context: contextvars.ContextVar[tuple[int, ForwardContext] | None] = contextvars.ContextVar(
     "router_tuning_context", default=None
 )
+_forward: contextvars.ContextVar[ForwardContext | None] = contextvars.ContextVar(
+    "router_tuning_forward", default=None
+)
 _gate: contextvars.ContextVar[tuple[str, Tensor] | None] = contextvars.ContextVar(
     "router_tuning_gate", default=None
 )
+
+
+@contextmanager
+def opened(context: ForwardContext | None) -> Iterator[None]:
+    """Leave the context at the door for all units of the forward inside the block."""
+    token = _forward.set(context)
+    try:
+        yield
+    finally:
+        _forward.reset(token)
+
+
+def handed_in(kwargs: dict[str, Any]) -> ForwardContext | None:
+    """The context among keyword arguments, taken out, or else at the door; None outside a routed
+    forward.
+    """
+    context: ForwardContext | None = kwargs.pop(CONTEXT_KEY, None)
+    return _forward.get() if context is None else context
 
 
 def hand_over(attention: nn.Module, context: ForwardContext | None) -> None:
@@ -33,10 +58,12 @@ def hand_over(attention: nn.Module, context: ForwardContext | None) -> None:
 
 
 def taken_over(unit: Unit) -> ForwardContext | None:
-    """The context that the attention before this MLP left; None outside a routed forward."""
+    """The context that the attention before this MLP left, or else at the door; None outside a
+    routed forward.
+    """
     left = _context.get()
     _context.set(None)
-    return left[1] if left is not None and left[0] == unit.layer_idx else None
+    return left[1] if left is not None and left[0] == unit.layer_idx else _forward.get()
 
 
 def gated(output_BTD: Tensor, gate_BT: Tensor, unit: Unit, context: ForwardContext) -> Tensor:

@@ -1,4 +1,4 @@
-"""The differentiable path: every attention is computed, and what was skipped is hidden.
+"""The differentiable path: every unit is computed, and what was skipped is hidden.
 
 Saves nothing. Used for training, where the gradient must also reach skipped tokens, and as the
 reference that the skipping path is tested against.
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from router_tuning.errors import UnsupportedCallError
-from router_tuning.execution.call import AttentionCall, Decided
+from router_tuning.execution.call import Decided, UnitCall
 from router_tuning.execution.context import ForwardContext
 from router_tuning.execution.visibility import causal, permanent, recent, sliding_window_of
 from router_tuning.units import Unit
 
 
-def masked_attention(
+def masked_call(
     dense_forward: Callable[..., Any],
     attention: nn.Module,
-    call: AttentionCall,
+    call: UnitCall,
     decided: Decided,
     unit: Unit,
     context: ForwardContext,
-) -> tuple[Tensor, Tensor]:
-    """The attention's output for every token (B, T, D) and the gate (B, T) that has still to be
+) -> Any:
+    """What an attention, or a layer around it, returns for every token; its gate has still to be
     applied.
     """
     keep_BT = decided.keep_BT
@@ -39,13 +39,11 @@ def masked_attention(
     # Nothing hidden: the dense call itself, so that fresh routers change no bit.
     if context.config.kv == "kept" and int(keep_BT.sum()) < context.num_real:
         mask = _kept_keys_mask(attention, call, keep_BT, context)
-    output = dense_forward(**call.without_cache(mask))[0]
-    assert decided.soft_BT is not None
-    return output, decided.soft_BT
+    return call.without_cache(mask).run(dense_forward)
 
 
 def _kept_keys_mask(
-    attention: nn.Module, call: AttentionCall, keep_BT: Tensor, context: ForwardContext
+    attention: nn.Module, call: UnitCall, keep_BT: Tensor, context: ForwardContext
 ) -> Tensor:
     """The attention's own mask without the keys of skipped tokens: (B, 1, T, T), bool or
     additive.
@@ -63,8 +61,7 @@ def _kept_keys_mask(
     )
     allowed = _as_bool(call.mask)
     if allowed is None:
-        sliding = sliding_window_of(attention)
-        allowed = causal(column_1T, column_1T, sliding)[:, None]
+        allowed = causal(column_1T, column_1T, sliding_window_of(attention))[:, None]
     # A skipped query before any kept key would see nothing and give NaN; its own key is harmless,
     # since its output is gated to zero.
     diagonal = torch.eye(keep_BT.shape[1], dtype=torch.bool, device=keep_BT.device)

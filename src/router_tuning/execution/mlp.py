@@ -12,32 +12,42 @@ from typing import Any
 from torch import Tensor, nn
 
 from router_tuning.execution.cache import RoutedCacheLayer, touch
+from router_tuning.execution.call import UnitCall
 from router_tuning.execution.context import ForwardContext, original_forward
 from router_tuning.execution.deciding import decide
 from router_tuning.execution.handover import gated, taken_over
-from router_tuning.units import Unit, is_sequence
+from router_tuning.units import Unit, family_of, first_of, is_sequence
 
 
-def routed_mlp(mlp: nn.Module, x_BTD: Tensor) -> Any:
+def routed_mlp(mlp: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for a routed MLP's forward; without a context it is the dense forward."""
     unit: Unit = mlp.__dict__["skip_unit"]
     context = taken_over(unit)
     dense_forward = original_forward(mlp)
     if context is None:
-        return dense_forward(x_BTD)
+        return dense_forward(*args, **kwargs)
+    x_BTD = UnitCall.read(mlp, args, kwargs).x_BTD
     decided = decide(unit, x_BTD, context, _cache_layer(unit, context))
     context.note(unit, decided.record(None, context))
     if context.masked:
         assert decided.soft_BT is not None
-        return gated(dense_forward(x_BTD), decided.soft_BT, unit, context)
+        output = dense_forward(x_BTD)
+        return _like(output, gated(first_of(output), decided.soft_BT, unit, context))
     num_kept = int(decided.keep_BT.sum())
     if num_kept == context.num_real:
         return dense_forward(x_BTD)
-    output = x_BTD.new_zeros(x_BTD.shape)
+    state_BTD = x_BTD.new_zeros(x_BTD.shape)
+    output = (state_BTD, None) if family_of(context.decoder).mlp_tuple else state_BTD
     if num_kept:
-        kept_ND = dense_forward(x_BTD[decided.keep_BT][None])[0]
-        output[decided.keep_BT] = kept_ND.to(output.dtype)  # autocast changes it
-    return output
+        output = dense_forward(x_BTD[decided.keep_BT][None])
+        # autocast changes the dtype
+        state_BTD[decided.keep_BT] = first_of(output)[0].to(state_BTD.dtype)
+    return _like(output, state_BTD)
+
+
+def _like(output: Any, state_BTD: Tensor) -> Any:
+    """Hidden states with whatever else an MLP returns, such as its experts' scores."""
+    return (state_BTD, *output[1:]) if isinstance(output, tuple) else state_BTD
 
 
 def _cache_layer(unit: Unit, context: ForwardContext) -> RoutedCacheLayer | None:

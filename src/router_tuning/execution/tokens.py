@@ -1,5 +1,5 @@
-"""The skipping path of an attention: only kept tokens are queried, only the policy's keys are made
-and cached.
+"""The skipping path of an attention whose parts are known: only kept tokens are queried, only the
+policy's keys are made and cached.
 
 Kept tokens of all rows are gathered into one flat list for the projections, and packed into a
 rectangle (rows x longest row) for the attention itself. There is no loop over tokens or rows.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from router_tuning.execution.cache import KeptKeys, RoutedCacheLayer, real_columns
-from router_tuning.execution.call import AttentionCall, Decided
+from router_tuning.execution.call import Decided, UnitCall
 from router_tuning.execution.context import ForwardContext
 from router_tuning.execution.projections import attend, keys_values, queries
 from router_tuning.execution.visibility import causal, permanent, recent, sliding_window_of
@@ -83,7 +83,7 @@ class Keys:
 def skipping_attention(
     dense_forward: Callable[..., Any],
     attention: nn.Module,
-    call: AttentionCall,
+    call: UnitCall,
     decided: Decided,
     layer: RoutedCacheLayer | None,
     unit: Unit,
@@ -94,15 +94,15 @@ def skipping_attention(
     num_kept = int(keep_BT.sum())
     if num_kept == context.num_real and (layer is None or layer.store is None):
         context.note(unit, decided.record(context.real_BT, context))
-        return dense_forward(**call.kwargs)
-    write_BT = _written(keep_BT, num_kept, call, context)
+        return call.run(dense_forward)
+    write_BT = written(keep_BT, num_kept, call, context)
     context.note(unit, decided.record(write_BT, context))
     asked = Gathered.where(keep_BT)
-    written = asked if write_BT is keep_BT else Gathered.where(write_BT)
+    writing = asked if write_BT is keep_BT else Gathered.where(write_BT)
     if context.config.kv == "kept":
-        keys = _kept_keys(attention, call, written, permanent(keep_BT, context), layer, context)
+        keys = _kept_keys(attention, call, writing, permanent(keep_BT, context), layer, context)
     else:
-        keys = _all_keys(attention, call, written, context)
+        keys = _all_keys(attention, call, writing, context)
     output = call.x_BTD.new_zeros(call.x_BTD.shape)
     if num_kept:
         attended_ND = _attend(attention, call, asked, keys, context)
@@ -110,9 +110,7 @@ def skipping_attention(
     return output, None
 
 
-def _written(
-    keep_BT: Tensor, num_kept: int, call: AttentionCall, context: ForwardContext
-) -> Tensor:
+def written(keep_BT: Tensor, num_kept: int, call: UnitCall, context: ForwardContext) -> Tensor:
     """Tokens whose key and value are computed: (B, T)."""
     if call.cache is None and not num_kept:
         return torch.zeros_like(keep_BT)  # nobody will ever ask for them
@@ -122,7 +120,7 @@ def _written(
 
 
 def _attend(
-    attention: Any, call: AttentionCall, asked: Gathered, keys: Keys, context: ForwardContext
+    attention: Any, call: UnitCall, asked: Gathered, keys: Keys, context: ForwardContext
 ) -> Tensor:
     """Outputs of the asking tokens: (N, D)."""
     query_NHD = queries(attention, asked.pick(call.x_BTD), _rope(call, asked))
@@ -156,12 +154,12 @@ def _mask(
     return mask_BQK[:, None]
 
 
-def _rope(call: AttentionCall, tokens: Gathered) -> tuple[Tensor, Tensor]:
+def _rope(call: UnitCall, tokens: Gathered) -> tuple[Tensor, Tensor]:
     return tokens.pick(call.rope[0]), tokens.pick(call.rope[1])
 
 
 def _all_keys(
-    attention: nn.Module, call: AttentionCall, written: Gathered, context: ForwardContext
+    attention: nn.Module, call: UnitCall, written: Gathered, context: ForwardContext
 ) -> Keys:
     """kv="all": every real token's key, through the ordinary cache."""
     flat = keys_values(attention, written.pick(call.x_BTD), _rope(call, written))
@@ -191,7 +189,7 @@ def _every_token(context: ForwardContext) -> Gathered:
 
 def _kept_keys(
     attention: nn.Module,
-    call: AttentionCall,
+    call: UnitCall,
     written: Gathered,
     permanent_BT: Tensor,
     layer: RoutedCacheLayer | None,
@@ -205,7 +203,7 @@ def _kept_keys(
     if layer is None:
         return _packed_keys(key_NHD, value_NHD, permanent_N, written, context)
     window = context.config.kv_window
-    store = layer.begin_skipping(context.rows, key_NHD, value_NHD, window, context.real_BC)
+    store = layer.begin_skipping(context.rows, window, context.real_BC, key_NHD.device)
     column_N = context.column_T[written.token_N]
     arguments = (written.row_N, column_N, permanent_N, key_NHD.detach(), value_NHD.detach())
     # One token a row is written first and attends to the cache in place; its ring slot had expired.
@@ -237,7 +235,9 @@ def _packed_keys(
 
 
 def _stored_keys(store: KeptKeys) -> Keys:
-    key, value, column_BK = store.view()
+    view = store.view()
+    assert view is not None
+    key, value, column_BK = view
     permanent = store.permanent_S().expand(column_BK.shape) if store.window else None
     return Keys(key, value, column_BK, permanent)
 
