@@ -77,7 +77,7 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     learning_rate: float = field(
-        default=3e-3,
+        default=1e-2,
         metadata={
             "help": "Learning rate of the routers' weights, for inputs that spread by 1: each "
             "router's is divided by the spread of its input."
