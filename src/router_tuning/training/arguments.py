@@ -77,14 +77,14 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     learning_rate: float = field(
-        default=1e-2,
+        default=3e-3,
         metadata={
             "help": "Learning rate of the routers' weights, for inputs that spread by 1: each "
             "router's is divided by the spread of its input."
         },
     )
     bias_learning_rate: float = field(
-        default=1e-1,
+        default=3e-2,
         metadata={
             "help": "Learning rate of the routers' scalar biases, which set how much is kept."
         },
