@@ -2,8 +2,9 @@
 
 `attach` adds a router beside each routed unit and replaces the bound `forward` of the decoder (the
 door, where a forward's context is made), of each attention, and of the post-norms of sandwich
-families. A causal LM's methods that batch continuously are replaced by a refusal. No module is
-wrapped: base weight names stay, and `detach` gives back the same objects without a trace.
+families. A causal LM's `generate` tells where the prompt ends, and its methods that batch
+continuously are replaced by a refusal. No module is wrapped: base weight names stay, and `detach`
+gives back the same objects without a trace.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from router_tuning.execution.context import (
     options_for,
     original_forward,
     original_method,
+    prompts_until,
     routing_of,
 )
 from router_tuning.execution.handover import gate_post_norm, opened
 from router_tuning.execution.mlp import routed_mlp
 from router_tuning.execution.projections import check_parts
+from router_tuning.execution.prompts import asks_for_prompts, label_starts, prompt_of
 from router_tuning.routers import make_router
 from router_tuning.units import (
     KINDS,
@@ -124,7 +127,9 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
     causal = unwrap(model)
     if causal is not decoder:
         causal_class: Any = type(causal)
-        _replace(causal, "forward", _accept_budget(causal_class))
+        _replace(causal, "forward", _accept_keywords(causal_class))
+        if hasattr(causal_class, "generate"):
+            _replace(causal, "generate", _tell_prompt(causal_class))
         for name in CONTINUOUS:
             if hasattr(causal_class, name):
                 _replace(causal, name, _unless_routed(causal_class, name))
@@ -156,7 +161,7 @@ def uninstall(model: nn.Module) -> None:
         module.__dict__.pop("skip_unit", None)
         module.__dict__.pop("skip_followed_by", None)
         _restore(module, "forward")
-    for name in CONTINUOUS:
+    for name in ("generate", *CONTINUOUS):
         _restore(causal, name)
 
 
@@ -194,7 +199,9 @@ def _restore(module: nn.Module, name: str) -> None:
         module.__dict__[name] = before
 
 
-def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs: Any) -> Any:
+def _enter_decoder(
+    decoder: nn.Module, *args: Any, budget: Any = None, prompt_lengths: Any = None, **kwargs: Any
+) -> Any:
     """The door: make the context of this forward and send it along."""
     dense_forward = original_forward(decoder)
     routing = routing_of(decoder)
@@ -213,7 +220,7 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
             "with the routers off, inside `with dense(model):`"
         )
     cache = _cache_in(given)
-    position_ids = given.get("position_ids")
+    given_ids = position_ids = given.get("position_ids")
     path = options.path or default_path(decoder, routing)
     if path == "masked":
         kwargs = _without_cache(given, kwargs)
@@ -232,6 +239,7 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
         _thresholds(routing.config, budget),
         path,
     )
+    context.prompt_BT = prompt_of(context, routing, options.prompt_end, prompt_lengths, given_ids)
     if family_of(decoder).keywords:
         kwargs[CONTEXT_KEY] = context
     elif context.masked and _checkpoints_activations(decoder):
@@ -290,31 +298,82 @@ def _thresholds(config: RoutingConfig, budget: Any) -> list[float]:
 
 
 @functools.cache
-def _positional_names(decoder_class: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(decoder_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+def _positional_names(module_class: type, method: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(getattr(module_class, method)).parameters)[1:]
 
 
-def _bind(decoder_class: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_positional_names(decoder_class), args, strict=False)), **kwargs}
+def _bind(
+    module_class: type, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward"
+) -> dict[str, Any]:
+    return {**dict(zip(_positional_names(module_class, method), args, strict=False)), **kwargs}
 
 
 @functools.cache
-def _accept_budget(causal_class: type) -> Callable[..., Any]:
-    """A causal LM's forward that also lists `budget`, which `generate` looks for in the
-    signature.
+def _accept_keywords(causal_class: type) -> Callable[..., Any]:
+    """A causal LM's forward that also lists `budget` and `prompt_lengths`, which `generate` looks
+    for in the signature. Labels tell it where prompts end.
     """
 
     def forward(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return original_forward(causal)(*args, **kwargs)
+        labels = _bind(causal_class, args, kwargs).get("labels")
+        if labels is None or not asks_for_prompts(causal):
+            return original_forward(causal)(*args, **kwargs)
+        with prompts_until(causal, label_starts(labels)):
+            return original_forward(causal)(*args, **kwargs)
 
     dense = causal_class.forward  # type: ignore[attr-defined]
     functools.update_wrapper(forward, dense)
     signature = inspect.signature(dense)
-    budget = inspect.Parameter("budget", inspect.Parameter.KEYWORD_ONLY, default=None)
+    ours = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("budget", "prompt_lengths")
+    ]
     *named, last = signature.parameters.values()
-    ordered = [*named, budget, last] if last.kind is last.VAR_KEYWORD else [*named, last, budget]
+    ordered = [*named, *ours, last] if last.kind is last.VAR_KEYWORD else [*named, last, *ours]
     forward.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
     return forward
+
+
+@functools.cache
+def _tell_prompt(causal_class: type) -> Callable[..., Any]:
+    """A causal LM's generate that tells the forwards inside where the prompt ends: at its input's
+    end. Assisted decoding's first forward goes on behind it, and without a cache all do.
+    """
+
+    def generate(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        dense_generate = original_method(causal, "generate")
+        if not asks_for_prompts(causal):
+            return dense_generate(*args, **kwargs)
+        given = _bind(causal_class, args, kwargs, "generate")
+        _check_prompt_is_whole(causal, given)
+        with prompts_until(causal, _prompt_width(given)):
+            return dense_generate(*args, **kwargs)
+
+    return functools.update_wrapper(generate, causal_class.generate)  # type: ignore[attr-defined]
+
+
+def _prompt_width(given: dict[str, Any]) -> int:
+    """Columns of a generation's input; without one it begins with a bos token."""
+    inputs = (given.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
+    return next((x.shape[1] for x in inputs if isinstance(x, Tensor) and x.ndim > 1), 1)
+
+
+def _check_prompt_is_whole(causal: Any, given: dict[str, Any]) -> None:
+    """Refuse what makes of the first forward over an empty cache less, or other, than the
+    prompt.
+    """
+    configs = (given.get("generation_config"), getattr(causal, "generation_config", None))
+    for name, neutral, why in (
+        ("prefill_chunk_size", (None,), "cuts the prompt into chunks (chunked prefill)"),
+        ("guidance_scale", (None, 1), "runs a second prompt beside the first"),
+    ):
+        values = (given.get(name), *(getattr(config, name, None) for config in configs))
+        value = next((v for v in values if v is not None), None)
+        if value not in neutral:
+            raise UnsupportedCallError(
+                f'{name}={value} {why}, but with pooling="prompt" one prompt decides, as a whole; '
+                f'leave {name} unset, or use an adapter with pooling="prefix"'
+            )
 
 
 @functools.cache
