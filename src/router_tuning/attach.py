@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -25,6 +26,7 @@ from router_tuning.execution.cache import check_cache
 from router_tuning.execution.context import (
     CONTEXT_KEY,
     Routing,
+    called_with,
     default_path,
     open_forward,
     options_for,
@@ -70,6 +72,10 @@ CONTINUOUS = (
     "init_continuous_batching",
 )
 """A causal LM's ways into continuous batching; not every version of transformers has them all."""
+
+
+KEYWORDS = ("budget", "prompt_lengths")
+"""What a call of a routed model may say beside the model's own arguments."""
 
 
 def attach(model: nn.Module, config: RoutingConfig) -> None:
@@ -199,13 +205,12 @@ def _restore(module: nn.Module, name: str) -> None:
         module.__dict__[name] = before
 
 
-def _enter_decoder(
-    decoder: nn.Module, *args: Any, budget: Any = None, prompt_lengths: Any = None, **kwargs: Any
-) -> Any:
+def _enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The door: make the context of this forward and send it along."""
     dense_forward = original_forward(decoder)
     routing = routing_of(decoder)
     options = options_for(decoder)
+    ours = {**options.keywords, **_taken_out(kwargs)}
     if options.dense or not routing.enabled:
         with opened(None):
             return dense_forward(*args, **kwargs)
@@ -236,10 +241,11 @@ def _enter_decoder(
         given.get("attention_mask"),
         cache,
         position_ids,
-        _thresholds(routing.config, budget),
+        _thresholds(routing.config, ours.get("budget")),
         path,
     )
-    context.prompt_BT = prompt_of(context, routing, options.prompt_end, prompt_lengths, given_ids)
+    lengths = ours.get("prompt_lengths")
+    context.prompt_BT = prompt_of(context, routing, options.prompt_end, lengths, given_ids)
     if family_of(decoder).keywords:
         kwargs[CONTEXT_KEY] = context
     elif context.masked and _checkpoints_activations(decoder):
@@ -297,6 +303,12 @@ def _thresholds(config: RoutingConfig, budget: Any) -> list[float]:
     return [threshold_for(config, b) for b in (budget if of_rows else [budget])]
 
 
+def _taken_out(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Our keywords among a call's, without those left at None."""
+    ours = {name: kwargs.pop(name) for name in KEYWORDS if name in kwargs}
+    return {name: value for name, value in ours.items() if value is not None}
+
+
 @functools.cache
 def _positional_names(module_class: type, method: str) -> tuple[str, ...]:
     return tuple(inspect.signature(getattr(module_class, method)).parameters)[1:]
@@ -310,23 +322,25 @@ def _bind(
 
 @functools.cache
 def _accept_keywords(causal_class: type) -> Callable[..., Any]:
-    """A causal LM's forward that also lists `budget` and `prompt_lengths`, which `generate` looks
-    for in the signature. Labels tell it where prompts end.
+    """A causal LM's forward that also lists KEYWORDS, which `generate` looks for in the signature.
+    Labels tell it where prompts end.
     """
 
     def forward(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        labels = _bind(causal_class, args, kwargs).get("labels")
-        if labels is None or not asks_for_prompts(causal):
-            return original_forward(causal)(*args, **kwargs)
-        with prompts_until(causal, label_starts(labels)):
+        with ExitStack() as stack:
+            ours = _taken_out(kwargs)
+            if ours:
+                stack.enter_context(called_with(causal, ours))
+            labels = _bind(causal_class, args, kwargs).get("labels")
+            if labels is not None and asks_for_prompts(causal):
+                stack.enter_context(prompts_until(causal, label_starts(labels)))
             return original_forward(causal)(*args, **kwargs)
 
     dense = causal_class.forward  # type: ignore[attr-defined]
     functools.update_wrapper(forward, dense)
     signature = inspect.signature(dense)
     ours = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in ("budget", "prompt_lengths")
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in KEYWORDS
     ]
     *named, last = signature.parameters.values()
     ordered = [*named, *ours, last] if last.kind is last.VAR_KEYWORD else [*named, last, *ours]

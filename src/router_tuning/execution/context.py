@@ -14,7 +14,7 @@ import contextvars
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -149,6 +149,8 @@ class CallOptions:
     """By how many logits each row's threshold is lowered."""
     prompt_end: int | Tensor | None = None
     """The column that the prompts end before, or one a row (B,); None where it is not known."""
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of ours that the causal LM was called with."""
 
 
 _options: contextvars.ContextVar[Mapping[int, CallOptions]] = contextvars.ContextVar(
@@ -332,6 +334,13 @@ def lowered_thresholds(model: nn.Module, by_B: Tensor) -> Iterator[None]:
     budget.
     """
     with _with_options(model, lowered_B=by_B):
+        yield
+
+
+@contextmanager
+def called_with(model: nn.Module, keywords: Mapping[str, Any]) -> Iterator[None]:
+    """Bring our keywords from the causal LM to its decoder, which some families call without."""
+    with _with_options(model, keywords=keywords):
         yield
 
 
