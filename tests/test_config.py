@@ -39,7 +39,7 @@ def test_good_configs_pass(options: dict[str, Any]) -> None:
     ("options", "match"),
     [
         ({"granularity": "attention"}, "granularity must be one of attn_token"),
-        ({"granularity": "block_token"}, "'block_token' is not available in this version"),
+        ({"granularity": ["block_token", "mlp_token"]}, "a block holds its layer's attention and"),
         ({"granularity": []}, "at least one"),
         ({"granularity": ["attn_token", "attn_sequence"]}, "may name one of each kind"),
         ({"kv": "some"}, "kv must be one of all, kept, got 'some'"),
