@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from router_tuning.config import RoutingConfig, check_budget, threshold_for
-from router_tuning.errors import ConfigError, UnsupportedCallError
+from router_tuning.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from router_tuning.execution.attention import carry_context, routed_attention
 from router_tuning.execution.block import routed_block
 from router_tuning.execution.cache import check_cache
@@ -34,6 +34,7 @@ from router_tuning.execution.context import (
 from router_tuning.execution.handover import gate_post_norm, opened
 from router_tuning.execution.mlp import routed_mlp
 from router_tuning.execution.projections import check_parts
+from router_tuning.execution.trial import try_out
 from router_tuning.routers import make_router
 from router_tuning.units import (
     KINDS,
@@ -44,6 +45,7 @@ from router_tuning.units import (
     family_of,
     find_units,
     hidden_size_of,
+    is_found,
     kinds_of,
     part_of,
     post_norm_of,
@@ -86,7 +88,11 @@ def attach(model: nn.Module, config: RoutingConfig) -> None:
         device = next(layer.parameters()).device
         router = make_router(config, hidden_size_of(model), device)
         layer.add_module(router_child(unit.kind), router)
-    install(model, config)
+    try:
+        install(model, config)
+    except UnsupportedModelError:
+        detach(model)
+        raise
 
 
 def detach(model: nn.Module) -> None:
@@ -128,6 +134,12 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
         for name in CONTINUOUS:
             if hasattr(causal_class, name):
                 _replace(causal, name, _unless_routed(causal_class, name))
+    if is_found(decoder):
+        try:
+            try_out(decoder)
+        except UnsupportedModelError:
+            uninstall(model)
+            raise
 
 
 def _checked_units(model: nn.Module, config: RoutingConfig) -> tuple[Unit, ...]:

@@ -250,7 +250,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Typed loosely: the base class of transformers' layers does not name all they share.
         self.inner = inner
         self.store: KeptKeys | None = None
-        self.prefixes: dict[str, PrefixLogits] = {}  # by kind of unit
+        self.prefixes: dict[str, PrefixLogits] = {}  # by unit's name
 
     @property
     def sliding_window(self) -> int | None:

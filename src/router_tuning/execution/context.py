@@ -57,7 +57,7 @@ class Routing:
         """The layers whose keys or decisions a cache has to hold for the units."""
         config = self.config
         return {
-            unit.layer_idx
+            unit.memory
             for unit in self.units
             if unit.kind != "mlp" or is_sequence(granularity_of(config, unit))
         }

@@ -42,9 +42,9 @@ def _logits(
     if not is_sequence(context.granularity(unit)):
         return Decision(logits_BT)
     after = context.config.decide_after
-    prefix = None if layer is None else layer.prefixes.get(unit.kind)
+    prefix = None if layer is None else layer.prefixes.get(unit.name)
     if layer is not None and prefix is None:
-        prefix = layer.prefixes[unit.kind] = PrefixLogits(context.rows, after, x_BTD.device)
+        prefix = layer.prefixes[unit.name] = PrefixLogits(context.rows, after, x_BTD.device)
     past = None if prefix is None else prefix.sums()
     decision = pool_prefix(
         logits_BT, context.position_BT, context.real_BT, after, past, context.sequence_BT
