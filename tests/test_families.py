@@ -118,6 +118,28 @@ def test_layers_that_share_keys_are_left_out_or_refused_by_name(family: str) -> 
             attach(model, RoutingConfig(layers=[0, layer]))
 
 
+@pytest.mark.parametrize("kept", [1, 4])
+def test_layers_that_would_run_some_tokens_only_run_all(kept: int) -> None:
+    """Some decoders run the layers that share keys on the tokens that logits are wanted of."""
+    model, ids = tiny_model("gemma4"), token_ids(2, 9)
+    attach(model, RoutingConfig(granularity="mlp_sequence", decide_after=3))
+    randomize(model)
+    with torch.no_grad():
+        wanted = model(ids).logits[:, -kept:]
+        got = model(ids, logits_to_keep=kept).logits
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_unit_that_is_given_some_tokens_only_is_refused() -> None:
+    model = tiny_model()
+    attach(model, RoutingConfig(granularity="mlp_token"))
+    layer = model.model.layers[1]
+    dense = layer.mlp.forward
+    layer.mlp.forward = lambda x: dense(x[:, -1:])
+    with torch.no_grad(), pytest.raises(UnsupportedCallError, match=r"layers\.1\.mlp .*\(2, 1\)"):
+        model(token_ids(2, 9))
+
+
 @pytest.mark.parametrize("kind", ["attn", "block"])
 def test_layers_with_another_mixer_are_left_out_or_refused_by_name(kind: str) -> None:
     model = tiny_model("qwen3_next")

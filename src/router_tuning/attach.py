@@ -244,6 +244,10 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
         _thresholds(routing.config, budget),
         path,
     )
+    if "logits_to_keep" in _positional_names(type(decoder)):  # type: ignore[arg-type]
+        # Some decoders run their last layers on the tokens that logits are wanted of, and no
+        # others; a unit needs to see all. The causal LM picks the tokens again.
+        kwargs["logits_to_keep"] = 0
     if family_of(decoder).keywords:
         kwargs[CONTEXT_KEY] = context
     elif context.masked and _checkpoints_activations(decoder):
