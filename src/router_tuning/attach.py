@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from router_tuning.config import RoutingConfig, check_budget, threshold_for
-from router_tuning.errors import ConfigError, UnsupportedCallError
+from router_tuning.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from router_tuning.execution.attention import carry_context, routed_attention
 from router_tuning.execution.block import routed_block
 from router_tuning.execution.cache import check_cache
@@ -39,6 +39,7 @@ from router_tuning.execution.handover import gate_post_norm, opened
 from router_tuning.execution.mlp import routed_mlp
 from router_tuning.execution.projections import check_parts
 from router_tuning.execution.prompts import asks_for_prompts, label_starts, prompt_of
+from router_tuning.execution.trial import try_out
 from router_tuning.routers import make_router
 from router_tuning.units import (
     KINDS,
@@ -49,6 +50,7 @@ from router_tuning.units import (
     family_of,
     find_units,
     hidden_size_of,
+    is_found,
     kinds_of,
     part_of,
     post_norm_of,
@@ -95,7 +97,11 @@ def attach(model: nn.Module, config: RoutingConfig) -> None:
         device = next(layer.parameters()).device
         router = make_router(config, hidden_size_of(model), device)
         layer.add_module(router_child(unit.kind), router)
-    install(model, config)
+    try:
+        install(model, config)
+    except UnsupportedModelError:
+        detach(model)
+        raise
 
 
 def detach(model: nn.Module) -> None:
@@ -139,6 +145,12 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
         for name in CONTINUOUS:
             if hasattr(causal_class, name):
                 _replace(causal, name, _unless_routed(causal_class, name))
+    if is_found(decoder):
+        try:
+            try_out(decoder)
+        except UnsupportedModelError:
+            uninstall(model)
+            raise
 
 
 def _checked_units(model: nn.Module, config: RoutingConfig) -> tuple[Unit, ...]:
@@ -246,6 +258,10 @@ def _enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     )
     lengths = ours.get("prompt_lengths")
     context.prompt_BT = prompt_of(context, routing, options.prompt_end, lengths, given_ids)
+    if "logits_to_keep" in _positional_names(type(decoder), "forward"):  # type: ignore[arg-type]
+        # Some decoders run their last layers on the tokens that logits are wanted of, and no
+        # others; a unit needs to see all. The causal LM picks the tokens again.
+        kwargs["logits_to_keep"] = 0
     if family_of(decoder).keywords:
         kwargs[CONTEXT_KEY] = context
     elif context.masked and _checkpoints_activations(decoder):

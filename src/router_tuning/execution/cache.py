@@ -273,7 +273,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Typed loosely: the base class of transformers' layers does not name all they share.
         self.inner = inner
         self.store: KeptKeys | None = None
-        self.prefixes: dict[str, PrefixLogits] = {}  # by kind of unit
+        self.prefixes: dict[str, PrefixLogits] = {}  # by unit's name
         self.prompts: dict[str, PromptLogit] = {}
 
     @property
@@ -376,7 +376,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for prefix in self.prefixes.values():
             prefix.crop(length)
         # Of a part of a prompt nothing is known, also not in rows whose prompts are shorter.
-        self.prompts = {kind: p for kind, p in self.prompts.items() if p.outlives(length)}
+        self.prompts = {name: p for name, p in self.prompts.items() if p.outlives(length)}
 
     def reset(self) -> None:
         _empty(self.inner)

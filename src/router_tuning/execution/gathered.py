@@ -81,7 +81,12 @@ class HandedCache:
         return self._take(key, value)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
+        if name in ("layers", "offloading") and self._real is not None:
+            return getattr(self._real, name)
+        raise UnsupportedModelError(
+            f"a unit asks its cache for {name!r}, so it is no function of its kept tokens and "
+            "their keys alone; leave its layer out of `layers`, or route another kind of unit"
+        )
 
 
 class _KeysTaken(Exception):
