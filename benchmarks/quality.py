@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from router_tuning import RouterTuningConfig, save_adapter
-from router_tuning.baselines import StaticDrop, cosine_order, greedy_order
+from router_tuning.baselines import RandomMask, StaticDrop, cosine_order, greedy_order
 from router_tuning.cli.records import device_name, peak_rss_mb, versions, write_json
 from router_tuning.data import WindowDataset, Windows, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
@@ -47,6 +47,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "all": {"granularity": "attn_token", "kv": "all"},
     "sequence": {"granularity": "attn_sequence", "kv": "all"},
     "learned_static": {"granularity": "attn_token", "kv": "all", "router": "bias"},
+    "mlp_token": {"granularity": "mlp_token", "kv": "all"},
+    "mlp_sequence": {"granularity": "mlp_sequence", "kv": "all"},
+    "block_token": {"granularity": "block_token", "kv": "kept", "kv_sink": 4, "kv_window": 16},
+    "block_sequence": {"granularity": "block_sequence", "kv": "all"},
 }
 SWEEP = [0.92, 0.87, 0.81, 0.76, 0.7]
 TOLD = (
@@ -95,6 +99,9 @@ def main() -> None:
     if options.static and "static" not in document:
         static = _static(bench)
         _update(path, lambda document: document.update(static=static))
+    if options.random and "random" not in document:
+        found = _random(bench)
+        _update(path, lambda document: document.update(random=found))
     done = [(run["setting"], run["seed"], run["tuning"]) for run in document["runs"]]
     for seed in options.seeds:
         for setting in options.settings:
@@ -136,6 +143,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--held-back-windows", type=int, default=16, help="for thresholds, orders")
     parser.add_argument("--report-windows", type=int, default=32)
     parser.add_argument("--static", type=_numbers(int), default=[], help="numbers of units to drop")
+    parser.add_argument("--static-of", default="attn_token", help="granularity of the controls")
+    parser.add_argument("--random", type=_numbers(float), default=[], help="rates of random masks")
     parser.add_argument("--greedy-windows", type=int, default=4, help="0 leaves it out: slow")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--teacher", metavar="FILE", help="keep the dense model's hidden states")
@@ -374,7 +383,7 @@ def _row(model: Any, windows: Windows, budget: float) -> dict[str, Any]:
 def _static(bench: Bench) -> dict[str, Any]:
     """Both static controls, at whole numbers of dropped units."""
     options, held = bench.options, bench.held_back
-    routed = get_peft_model(bench.measured, RouterTuningConfig(kv="all"))
+    routed = _controlled(bench)
     orders = {"cosine": cosine_order(routed, held)}
     if options.greedy_windows:
         few = held.take(range(options.greedy_windows))
@@ -392,6 +401,27 @@ def _static(bench: Bench) -> dict[str, Any]:
             _say(f"static {kind}", {name: rows})
     routed.unload()
     return found
+
+
+def _random(bench: Bench) -> dict[str, Any]:
+    """Random masks of one seed, at the rates asked for, with the same rate in every unit."""
+    routed = _controlled(bench)
+    found: dict[str, Any] = {}
+    for name, windows in bench.report.items():
+        found[name] = []
+        for rate in bench.options.random:
+            with decided_by(routed, RandomMask(rate, seed=0)), record(routed) as trace:
+                losses = _loss(routed, windows, budget=1.0)
+            found[name].append({"rate": rate, "kept_fraction": trace.kept_fraction(), **losses})
+    _say("random", found)
+    routed.unload()
+    return found
+
+
+def _controlled(bench: Bench) -> Any:
+    """The model with units of the controls' granularity, for which something else decides."""
+    config = RouterTuningConfig(granularity=bench.options.static_of, kv="all")
+    return get_peft_model(bench.measured, config)
 
 
 def _say(what: str, rows: Any) -> None:

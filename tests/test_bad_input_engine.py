@@ -78,7 +78,13 @@ def test_detaching_what_is_not_routed_does_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"kv": "some"}, {"layers": [9]}, {"granularity": "block_token"}, {"budget": 0}]
+    "options",
+    [
+        {"kv": "some"},
+        {"layers": [9]},
+        {"granularity": ["block_token", "attn_token"]},
+        {"budget": 0},
+    ],
 )
 def test_a_bad_config_leaves_the_model_as_it_was(options: dict[str, Any]) -> None:
     model, given = tiny_model(), batch()

@@ -19,6 +19,7 @@ from router_tuning.errors import BudgetError, ConfigError
     [
         {},
         {"granularity": "attn_sequence", "decide_after": 1},
+        {"granularity": "block_sequence", "pooling": "prompt"},
         {"granularity": ["attn_token"]},
         {"layers": [0]},
         {"layers": (0, 1)},
@@ -38,11 +39,11 @@ def test_good_configs_pass(options: dict[str, Any]) -> None:
     ("options", "match"),
     [
         ({"granularity": "attention"}, "granularity must be one of attn_token"),
-        ({"granularity": "block_token"}, "'block_token' is not available in this version"),
+        ({"granularity": ["block_token", "mlp_token"]}, "a block holds its layer's attention and"),
         ({"granularity": []}, "at least one"),
         ({"granularity": ["attn_token", "attn_sequence"]}, "may name one of each kind"),
         ({"kv": "some"}, "kv must be one of all, kept, got 'some'"),
-        ({"pooling": "prompt"}, "pooling must be one of prefix"),
+        ({"pooling": "mean"}, "pooling must be one of prefix, prompt"),
         ({"router": "mlp"}, "router must be one of linear, bottleneck, bias"),
         ({"kv_sink": -1}, "kv_sink must be a whole number of at least 0, got -1"),
         ({"kv_window": 1.5}, "kv_window must be a whole number"),

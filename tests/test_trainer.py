@@ -92,6 +92,7 @@ def trainer_of(
         "logging_steps": 1,
         "save_steps": 4,
         "warm_start": 0,
+        "bias_learning_rate": 0.1,
         "learning_rate": 1e-2,
         "threshold_range": 0.0,  # all rows alike, so that every loss can be worked out again
     }

@@ -31,7 +31,8 @@ from tiny import FAMILIES, tiny_model, token_ids
 def routed(family: str = "llama", **config: Any) -> Any:
     model = tiny_model(family)
     model.requires_grad_(False)
-    attach(model, RoutingConfig(**config))
+    # Every key stays visible, so the first token is nothing special, but where a test says so.
+    attach(model, RoutingConfig(**{"kv": "all", **config}))
     return model
 
 
@@ -101,6 +102,56 @@ def test_routers_stay_neutral_and_are_ordered_by_harm(router: str) -> None:
     assert trace.kept_fraction() == 1.0
 
 
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_where_its_key_would_be_lost_the_first_token_is_favoured(
+    granularity: str, padding: str
+) -> None:
+    model, alike = (routed(granularity=granularity, kv=kv) for kv in ("kept", "all"))
+    batches = inputs()
+    if padding == "left":
+        pad = torch.nn.functional.pad
+        real = pad(torch.ones(1, 16, dtype=torch.long), (3, 0))
+        batches = [
+            {"input_ids": pad(given["input_ids"], (3, 0)), "attention_mask": real}
+            for given in batches
+        ]
+    for one in (model, alike):
+        warm_start(one, batches)
+    logits = []
+    for one in (model, alike):
+        with torch.no_grad(), record(one) as trace:
+            for given in batches:
+                one(**given)
+        assert trace.kept_fraction() > 0.8
+        parts = [f.units[n].logits_BT[f.real_BT] for f in trace.forwards for n in trace.unit_names]
+        logits.append(torch.stack(parts).view(len(batches), 4, 16))
+    risen = logits[0] - logits[1]
+    first, others = risen[:, :, 0].mean(0), risen[:, :, 1:]
+    assert first.min() > 0.5  # 4 in a wide model, where the others do not scatter
+    assert first.max() < 4.001
+    torch.testing.assert_close(others.mean((0, 2)), torch.zeros(4), rtol=0, atol=1e-3)
+    assert (others.transpose(0, 1).flatten(1).std(1, correction=0) < 0.5001).all()
+
+
+@pytest.mark.parametrize(
+    "config", [{"kv": "kept", "kv_sink": 1}, {"granularity": "mlp_token", "kv": "kept"}]
+)
+def test_where_its_key_is_not_lost_the_first_token_is_as_any(config: dict[str, Any]) -> None:
+    model = routed(**config)
+    warm_start(model, inputs())
+    for router in routers_of(model).values():
+        assert not router.score.weight.any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("router", ["bias", "bottleneck"])
+def test_routers_that_are_not_linear_cannot_favour_the_first_token(router: str) -> None:
+    model, alike = (routed(router=router, kv=kv) for kv in ("kept", "all"))
+    for one in (model, alike):
+        warm_start(one, inputs())
+    assert biases(model) == pytest.approx(biases(alike))
+
+
 def trainer(folder: Path, model: Any, data: Any = None, **options: Any) -> RouterTrainer:
     """A quiet trainer whose steps are too short to be seen."""
     defaults: dict[str, Any] = {
@@ -126,7 +177,7 @@ def peft_model(**config: Any) -> Any:
 
 def test_a_trainer_warms_fresh_routers_only(tmp_path: Path) -> None:
     model = peft_model()
-    wanted = routed()
+    wanted = routed(kv="kept")
     warm_start(wanted, inputs(2))
     trainer(tmp_path, model, warm_start=2).train()
     assert biases(model) == pytest.approx(biases(wanted), abs=1e-5)

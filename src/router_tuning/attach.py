@@ -2,8 +2,9 @@
 
 `attach` adds a router beside each routed unit and replaces the bound `forward` of the decoder (the
 door, where a forward's context is made), of each attention, and of the post-norms of sandwich
-families. A causal LM's methods that batch continuously are replaced by a refusal. No module is
-wrapped: base weight names stay, and `detach` gives back the same objects without a trace.
+families. A causal LM's `generate` tells where the prompt ends, and its methods that batch
+continuously are replaced by a refusal. No module is wrapped: base weight names stay, and `detach`
+gives back the same objects without a trace.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -24,16 +26,19 @@ from router_tuning.execution.cache import check_cache
 from router_tuning.execution.context import (
     CONTEXT_KEY,
     Routing,
+    called_with,
     default_path,
     open_forward,
     options_for,
     original_forward,
     original_method,
+    prompts_until,
     routing_of,
 )
 from router_tuning.execution.handover import gate_post_norm, opened
 from router_tuning.execution.mlp import routed_mlp
 from router_tuning.execution.projections import check_parts
+from router_tuning.execution.prompts import asks_for_prompts, label_starts, prompt_of
 from router_tuning.routers import make_router
 from router_tuning.units import (
     KINDS,
@@ -67,6 +72,10 @@ CONTINUOUS = (
     "init_continuous_batching",
 )
 """A causal LM's ways into continuous batching; not every version of transformers has them all."""
+
+
+KEYWORDS = ("budget", "prompt_lengths")
+"""What a call of a routed model may say beside the model's own arguments."""
 
 
 def attach(model: nn.Module, config: RoutingConfig) -> None:
@@ -124,7 +133,9 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
     causal = unwrap(model)
     if causal is not decoder:
         causal_class: Any = type(causal)
-        _replace(causal, "forward", _accept_budget(causal_class))
+        _replace(causal, "forward", _accept_keywords(causal_class))
+        if hasattr(causal_class, "generate"):
+            _replace(causal, "generate", _tell_prompt(causal_class))
         for name in CONTINUOUS:
             if hasattr(causal_class, name):
                 _replace(causal, name, _unless_routed(causal_class, name))
@@ -156,7 +167,7 @@ def uninstall(model: nn.Module) -> None:
         module.__dict__.pop("skip_unit", None)
         module.__dict__.pop("skip_followed_by", None)
         _restore(module, "forward")
-    for name in CONTINUOUS:
+    for name in ("generate", *CONTINUOUS):
         _restore(causal, name)
 
 
@@ -194,11 +205,12 @@ def _restore(module: nn.Module, name: str) -> None:
         module.__dict__[name] = before
 
 
-def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs: Any) -> Any:
+def _enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The door: make the context of this forward and send it along."""
     dense_forward = original_forward(decoder)
     routing = routing_of(decoder)
     options = options_for(decoder)
+    ours = {**options.keywords, **_taken_out(kwargs)}
     if options.dense or not routing.enabled:
         with opened(None):
             return dense_forward(*args, **kwargs)
@@ -213,7 +225,7 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
             "with the routers off, inside `with dense(model):`"
         )
     cache = _cache_in(given)
-    position_ids = given.get("position_ids")
+    given_ids = position_ids = given.get("position_ids")
     path = options.path or default_path(decoder, routing)
     if path == "masked":
         kwargs = _without_cache(given, kwargs)
@@ -229,9 +241,11 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
         given.get("attention_mask"),
         cache,
         position_ids,
-        _thresholds(routing.config, budget),
+        _thresholds(routing.config, ours.get("budget")),
         path,
     )
+    lengths = ours.get("prompt_lengths")
+    context.prompt_BT = prompt_of(context, routing, options.prompt_end, lengths, given_ids)
     if family_of(decoder).keywords:
         kwargs[CONTEXT_KEY] = context
     elif context.masked and _checkpoints_activations(decoder):
@@ -289,32 +303,91 @@ def _thresholds(config: RoutingConfig, budget: Any) -> list[float]:
     return [threshold_for(config, b) for b in (budget if of_rows else [budget])]
 
 
-@functools.cache
-def _positional_names(decoder_class: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(decoder_class.forward).parameters)[1:]  # type: ignore[attr-defined]
-
-
-def _bind(decoder_class: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_positional_names(decoder_class), args, strict=False)), **kwargs}
+def _taken_out(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Our keywords among a call's, without those left at None."""
+    ours = {name: kwargs.pop(name) for name in KEYWORDS if name in kwargs}
+    return {name: value for name, value in ours.items() if value is not None}
 
 
 @functools.cache
-def _accept_budget(causal_class: type) -> Callable[..., Any]:
-    """A causal LM's forward that also lists `budget`, which `generate` looks for in the
-    signature.
+def _positional_names(module_class: type, method: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(getattr(module_class, method)).parameters)[1:]
+
+
+def _bind(
+    module_class: type, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward"
+) -> dict[str, Any]:
+    return {**dict(zip(_positional_names(module_class, method), args, strict=False)), **kwargs}
+
+
+@functools.cache
+def _accept_keywords(causal_class: type) -> Callable[..., Any]:
+    """A causal LM's forward that also lists KEYWORDS, which `generate` looks for in the signature.
+    Labels tell it where prompts end.
     """
 
     def forward(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return original_forward(causal)(*args, **kwargs)
+        with ExitStack() as stack:
+            ours = _taken_out(kwargs)
+            if ours:
+                stack.enter_context(called_with(causal, ours))
+            labels = _bind(causal_class, args, kwargs).get("labels")
+            if labels is not None and asks_for_prompts(causal):
+                stack.enter_context(prompts_until(causal, label_starts(labels)))
+            return original_forward(causal)(*args, **kwargs)
 
     dense = causal_class.forward  # type: ignore[attr-defined]
     functools.update_wrapper(forward, dense)
     signature = inspect.signature(dense)
-    budget = inspect.Parameter("budget", inspect.Parameter.KEYWORD_ONLY, default=None)
+    ours = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in KEYWORDS
+    ]
     *named, last = signature.parameters.values()
-    ordered = [*named, budget, last] if last.kind is last.VAR_KEYWORD else [*named, last, budget]
+    ordered = [*named, *ours, last] if last.kind is last.VAR_KEYWORD else [*named, last, *ours]
     forward.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
     return forward
+
+
+@functools.cache
+def _tell_prompt(causal_class: type) -> Callable[..., Any]:
+    """A causal LM's generate that tells the forwards inside where the prompt ends: at its input's
+    end. Assisted decoding's first forward goes on behind it, and without a cache all do.
+    """
+
+    def generate(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        dense_generate = original_method(causal, "generate")
+        if not asks_for_prompts(causal):
+            return dense_generate(*args, **kwargs)
+        given = _bind(causal_class, args, kwargs, "generate")
+        _check_prompt_is_whole(causal, given)
+        with prompts_until(causal, _prompt_width(given)):
+            return dense_generate(*args, **kwargs)
+
+    return functools.update_wrapper(generate, causal_class.generate)  # type: ignore[attr-defined]
+
+
+def _prompt_width(given: dict[str, Any]) -> int:
+    """Columns of a generation's input; without one it begins with a bos token."""
+    inputs = (given.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
+    return next((x.shape[1] for x in inputs if isinstance(x, Tensor) and x.ndim > 1), 1)
+
+
+def _check_prompt_is_whole(causal: Any, given: dict[str, Any]) -> None:
+    """Refuse what makes of the first forward over an empty cache less, or other, than the
+    prompt.
+    """
+    configs = (given.get("generation_config"), getattr(causal, "generation_config", None))
+    for name, neutral, why in (
+        ("prefill_chunk_size", (None,), "cuts the prompt into chunks (chunked prefill)"),
+        ("guidance_scale", (None, 1), "runs a second prompt beside the first"),
+    ):
+        values = (given.get(name), *(getattr(config, name, None) for config in configs))
+        value = next((v for v in values if v is not None), None)
+        if value not in neutral:
+            raise UnsupportedCallError(
+                f'{name}={value} {why}, but with pooling="prompt" one prompt decides, as a whole; '
+                f'leave {name} unset, or use an adapter with pooling="prefix"'
+            )
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from router_tuning.config import check_budget
 from router_tuning.data import Example, Windows, make_windows
 from router_tuning.errors import BudgetError, DataError
 from router_tuning.execution.context import record, routing_of
+from router_tuning.execution.prompts import refuse_windows
 from router_tuning.record import Trace
 from router_tuning.units import decoder_of
 
@@ -50,7 +51,8 @@ def calibrate(
 
     Use text that the routers were not trained on, of the kind that will be served.
     """
-    wanted = _wanted(budgets)  # refused before the text is read
+    refuse_windows(model, "calibration")  # before the text is read
+    wanted = _wanted(budgets)
     windows = make_windows(tokenizer, list(held_out), limit=max_windows)
     entries = _calibrated(model, windows, wanted, BATCH_SIZE, progress)
     _warn_of_misses(model, windows)
@@ -75,6 +77,7 @@ def calibrate_windows(
     Raises:
         BudgetError: no list of budgets, none in it, one out of (0, 1), or below what always runs.
         DataError: there are no windows.
+        UnsupportedCallError: pooling="prompt", which needs prompts.
     """
     entries = _calibrated(model, windows, _wanted(budgets), batch_size, progress)
     _warn_of_misses(model, windows)
@@ -90,6 +93,7 @@ def _calibrated(
 ) -> list[dict[str, Any]]:
     if not len(windows):
         raise DataError("there are no windows to calibrate on; wanted at least one")
+    refuse_windows(model, "calibration")
     config = routing_of(model).config
     before = config.calibration, config.default_budget
     entries: list[dict[str, Any]] = []

@@ -124,9 +124,9 @@ def _settings(config: RoutingConfig) -> list[tuple[str, str]]:
         ("trained for a kept fraction of", f"{config.budget:g}"),
     ]
     if any(g.endswith("_sequence") for g in config.granularities):
-        rows.insert(
-            1, ("a sequence decides after", f"{config.decide_after} tokens, which always run")
-        )
+        after = ("a sequence decides after", f"{config.decide_after} tokens, which always run")
+        whole = ("a sequence decides by", "its whole prompt, for the prompt and the answer")
+        rows.insert(1, whole if config.pooling == "prompt" else after)
     return rows
 
 

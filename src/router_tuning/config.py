@@ -25,6 +25,7 @@ GRANULARITIES = (
 )
 ROUTERS = ("linear", "bottleneck", "bias")
 KV_POLICIES = ("all", "kept")
+POOLINGS = ("prefix", "prompt")
 ROUNDING = 1e-6
 """A budget that far outside the calibrated range is inside: it may come from float32."""
 
@@ -52,11 +53,11 @@ class RoutingConfig:
 
     pooling: str = "prefix"
     """Sequence granularities: "prefix" lets the mean logit of the first decide_after tokens decide
-    once.
+    once, for what follows; "prompt" that of the whole prompt, for the prompt and all that follows.
     """
 
     decide_after: int = 32
-    """Sequence granularities: how many real tokens always run before the decision (>= 1)."""
+    """With pooling="prefix": how many real tokens always run before the decision (>= 1)."""
 
     router: str = "linear"
     """"linear": one map to a logit; "bottleneck": a small MLP; "bias": one learned number a unit
@@ -136,7 +137,7 @@ def _check_names(config: RoutingConfig) -> None:
         )
     for name, value, allowed in (
         ("kv", config.kv, KV_POLICIES),
-        ("pooling", config.pooling, ("prefix",)),
+        ("pooling", config.pooling, POOLINGS),
         ("router", config.router, ROUTERS),
     ):
         if value not in allowed:

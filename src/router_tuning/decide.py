@@ -1,10 +1,10 @@
-"""From logits to decisions: threshold, straight-through gradient, prefix pooling. Pure functions.
+"""From logits to decisions: threshold, straight-through gradient, pooling. Pure functions.
 
 A unit runs for a token where `always | (logit >= threshold)`. Token granularities use each token's
 own logit; sequence granularities let the mean logit of a sequence's first tokens stand for all
-later ones.
+later ones, or that of its prompt for all tokens.
 
-Shapes: B batch, T tokens of this forward, S packed sequences of a row.
+Shapes: B batch, T tokens of this forward, S packed sequences of a row, N prompt tokens of all rows.
 """
 
 from __future__ import annotations
@@ -87,3 +87,14 @@ def pool_prefix(
     # A sequence that the dense model began has no logits to go by, and runs on as it began.
     unseen_BT = (count_BS == 0).gather(1, group_BT)
     return Decision(mean_BS.gather(1, group_BT), prefix_BT | unseen_BT)
+
+
+def pool_prompt(logits_N: Tensor, prompt_BT: Tensor) -> Tensor:
+    """The mean logit of each row's prompt: (B,).
+
+    Args:
+        logits_N: the router's logits of the prompts' tokens, in order of row and token.
+        prompt_BT: True at these tokens; at least one a row.
+    """
+    logits_BT = logits_N.new_zeros(prompt_BT.shape).masked_scatter(prompt_BT, logits_N)
+    return logits_BT.sum(1) / prompt_BT.sum(1)

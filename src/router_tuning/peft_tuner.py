@@ -190,14 +190,15 @@ class RouterTuningModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        child = router_child(self._units[current_key].kind)
-        layer = getattr(parent, child, None)
+        kind = self._units[current_key].kind
+        decoder_layer = target if kind == "block" else parent  # a block is the layer itself
+        layer = getattr(decoder_layer, router_child(kind), None)
         if layer is None:
             layer = RouterLayer()
-            layer.train(parent.training)
-            parent.add_module(child, layer)
+            layer.train(decoder_layer.training)
+            decoder_layer.add_module(router_child(kind), layer)
         router = make_router(_own(peft_config), hidden_size_of(self.model))
-        layer.add_router(adapter_name, router, next(parent.parameters()).device)
+        layer.add_router(adapter_name, router, next(decoder_layer.parameters()).device)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one: its routers, and its settings."""

@@ -26,6 +26,8 @@ RESULT = "demo.json"
 FIGURE = "demo.png"
 KV_SINK, KV_WINDOW = 4, 16
 """The first and the latest tokens stay visible: for so short a training it matters most."""
+BIAS_LEARNING_RATE = 0.1
+"""So few steps would not reach the budget otherwise."""
 DISTILL_POSITIONS = 0.25
 """A part of each step goes into the output head, and this is how much of it is left."""
 PROMPT = "Give me three tips for learning a new language."
@@ -88,6 +90,7 @@ def demo(
         budget=budget,
         distill_positions=DISTILL_POSITIONS,
         steps=steps,
+        bias_learning_rate=BIAS_LEARNING_RATE,
         batch_size=batch_size,
         length=length,
         prompts=prompts,

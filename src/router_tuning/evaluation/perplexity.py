@@ -24,6 +24,7 @@ from router_tuning.cost import flops_fraction
 from router_tuning.data import Progress, Windows, evaluation_mode
 from router_tuning.errors import ConfigError, DataError, UnsupportedModelError
 from router_tuning.execution.context import decided_by, dense, record, routing_of
+from router_tuning.execution.prompts import refuse_windows
 from router_tuning.record import Trace
 from router_tuning.units import unwrap
 
@@ -64,9 +65,12 @@ def window_loss(
 
     Raises:
         DataError: there are no windows.
+        UnsupportedCallError: pooling="prompt", which needs prompts.
     """
     if not len(windows):
         raise DataError("there are no windows to measure; wanted at least one")
+    if "routing" in _decoder(unwrap(model)).__dict__:
+        refuse_windows(model, "window_loss")
     options = {} if budget is None else {"budget": budget}
     sums = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad(), evaluation_mode(model):
@@ -179,7 +183,9 @@ def evaluate(
     Raises:
         BudgetError: a budget that is out of range or not calibrated.
         ConfigError: `compare` without selection windows, or without seeds.
+        UnsupportedCallError: pooling="prompt", which needs prompts.
     """
+    refuse_windows(model, "evaluate")
     budgets = [check_budget(b) for b in dict.fromkeys(budgets)]
     for budget in budgets:  # before hours of work, not after
         threshold_for(routing_of(model).config, budget)

@@ -11,7 +11,7 @@ from torch import nn
 
 from router_tuning.execution.cache import RoutedCacheLayer, check_layer, touch
 from router_tuning.execution.call import UnitCall
-from router_tuning.execution.context import CONTEXT_KEY, ForwardContext, original_forward
+from router_tuning.execution.context import ForwardContext, original_forward
 from router_tuning.execution.deciding import decide
 from router_tuning.execution.gathered import gathered_call
 from router_tuning.execution.handover import gated, hand_over, handed_in
@@ -24,11 +24,11 @@ from router_tuning.units import Unit, family_of, first_of, is_sequence
 def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for a routed attention's forward; without a context it is the dense forward."""
     context = handed_in(kwargs)
-    hand_over(attention, context)
+    call = UnitCall.read(attention, args, kwargs)
+    hand_over(attention, context, call.cache)
     dense_forward = original_forward(attention)
     if context is None:
         return dense_forward(*args, **kwargs)
-    call = UnitCall.read(attention, args, kwargs)
     check_packed(call.mask, context)
     unit: Unit = attention.__dict__["skip_unit"]
     if context.masked:
@@ -48,7 +48,8 @@ def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def carry_context(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for an unrouted attention's forward: attention kernels must not see the context."""
-    hand_over(attention, kwargs.pop(CONTEXT_KEY, None))
+    context = handed_in(kwargs)
+    hand_over(attention, context, UnitCall.read(attention, args, kwargs).cache)
     return original_forward(attention)(*args, **kwargs)
 
 

@@ -237,6 +237,29 @@ class PrefixLogits:
         self.logits_BP, self.columns_BP = pick(self.logits_BP), pick(self.columns_BP)
 
 
+class PromptLogit:
+    """What each row's prompt decided: its mean router logit, and the column that the prompt ends
+    before.
+    """
+
+    def __init__(self, logit_B: Tensor, end_B: Tensor) -> None:
+        self.logit_B = logit_B
+        self.end_B = end_B
+
+    @classmethod
+    def of(cls, logit_B: Tensor, prompt_BT: Tensor, column_T: Tensor) -> PromptLogit:
+        """From the tokens of the prompts."""
+        return cls(logit_B.detach(), (prompt_BT * (column_T + 1)).amax(1))
+
+    def outlives(self, length: int) -> bool:
+        """Whether all prompts end within the first `length` columns."""
+        return bool((self.end_B <= length).all())
+
+    def select(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Rearrange the rows."""
+        self.logit_B, self.end_B = pick(self.logit_B), pick(self.end_B)
+
+
 class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """The cache layer of a routed attention. `inner` serves until the first token is skipped,
     `store` after.
@@ -251,6 +274,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.inner = inner
         self.store: KeptKeys | None = None
         self.prefixes: dict[str, PrefixLogits] = {}  # by kind of unit
+        self.prompts: dict[str, PromptLogit] = {}
 
     @property
     def sliding_window(self) -> int | None:
@@ -340,7 +364,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Remove the last -tokens_to_remove tokens (a positive number, before 5.20, is the length
         to keep).
         """
-        if tokens_to_remove >= 0 and self.store is None and not self.prefixes:
+        if tokens_to_remove >= 0 and self.store is None and not (self.prefixes or self.prompts):
             self.inner.crop(tokens_to_remove)
             return
         seen = self.get_seq_length()
@@ -351,11 +375,13 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.inner.crop(tokens_to_remove)
         for prefix in self.prefixes.values():
             prefix.crop(length)
+        # Of a part of a prompt nothing is known, also not in rows whose prompts are shorter.
+        self.prompts = {kind: p for kind, p in self.prompts.items() if p.outlives(length)}
 
     def reset(self) -> None:
         _empty(self.inner)
         self.store = None
-        self.prefixes = {}
+        self.prefixes, self.prompts = {}, {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -380,7 +406,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
 
     def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
-        for part in (self.store, *self.prefixes.values()):
+        for part in (self.store, *self.prefixes.values(), *self.prompts.values()):
             if part is not None:
                 part.select(pick)
 

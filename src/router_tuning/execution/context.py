@@ -14,7 +14,7 @@ import contextvars
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -86,6 +86,8 @@ class ForwardContext:
     threshold_B1: Tensor
     decider: Decider | None
     record: ForwardRecord
+    prompt_BT: Tensor | None = None
+    """With pooling="prompt": True at the tokens that decide; None where earlier ones did."""
 
     @property
     def rows(self) -> int:
@@ -145,6 +147,10 @@ class CallOptions:
     trace: Trace | None = None
     lowered_B: Tensor | None = None
     """By how many logits each row's threshold is lowered."""
+    prompt_end: int | Tensor | None = None
+    """The column that the prompts end before, or one a row (B,); None where it is not known."""
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of ours that the causal LM was called with."""
 
 
 _options: contextvars.ContextVar[Mapping[int, CallOptions]] = contextvars.ContextVar(
@@ -328,6 +334,22 @@ def lowered_thresholds(model: nn.Module, by_B: Tensor) -> Iterator[None]:
     budget.
     """
     with _with_options(model, lowered_B=by_B):
+        yield
+
+
+@contextmanager
+def called_with(model: nn.Module, keywords: Mapping[str, Any]) -> Iterator[None]:
+    """Bring our keywords from the causal LM to its decoder, which some families call without."""
+    with _with_options(model, keywords=keywords):
+        yield
+
+
+@contextmanager
+def prompts_until(model: nn.Module, end: int | Tensor | None) -> Iterator[None]:
+    """Tell forwards over an empty cache inside the block the column that prompts end before, one
+    for all rows or one a row (B,): pooling="prompt". None tells nothing.
+    """
+    with _with_options(model, prompt_end=end):
         yield
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from router_tuning.decide import Decision, pool_prefix
-from router_tuning.execution.cache import PrefixLogits, RoutedCacheLayer
+from router_tuning.decide import Decision, pool_prefix, pool_prompt
+from router_tuning.execution.cache import PrefixLogits, PromptLogit, RoutedCacheLayer
 from router_tuning.execution.call import Decided
 from router_tuning.execution.context import ForwardContext
 from router_tuning.units import Unit, is_sequence
@@ -18,11 +18,10 @@ def decide(
     unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
 ) -> Decided:
     """What a unit does in this forward; `layer` remembers what a sequence decision needs."""
-    x_BTD = context.read(unit, x_BTD)
     if context.decider is not None:
-        keep_BT = context.decider(unit, x_BTD, context) & context.real_BT
+        keep_BT = context.decider(unit, context.read(unit, x_BTD), context) & context.real_BT
         return Decided(keep_BT, keep_BT.float() if context.masked else None, None)
-    decision = _logits(unit, x_BTD, context, layer)
+    decision = _decision(unit, x_BTD, context, layer)
     logits_BT = decision.logits_BT.detach()
     if context.masked:
         # Padding is gated like any token, since nobody reads it: fresh routers then change no bit
@@ -35,12 +34,21 @@ def decide(
     return Decided(keep_BT, None, logits_BT, decision.always_BT)
 
 
-def _logits(
+def _decision(
     unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
 ) -> Decision:
-    logits_BT = context.router(unit)(x_BTD)
     if not is_sequence(context.granularity(unit)):
-        return Decision(logits_BT)
+        return Decision(context.router(unit)(context.read(unit, x_BTD)))
+    if context.config.pooling == "prompt":
+        return _by_prompt(unit, x_BTD, context, layer)
+    return _by_prefix(unit, x_BTD, context, layer)
+
+
+def _by_prefix(
+    unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
+) -> Decision:
+    """The first tokens of a sequence run, and decide for its later ones."""
+    logits_BT = context.router(unit)(context.read(unit, x_BTD))
     after = context.config.decide_after
     prefix = None if layer is None else layer.prefixes.get(unit.kind)
     if layer is not None and prefix is None:
@@ -53,3 +61,19 @@ def _logits(
         prefix_BT = context.real_BT & (context.position_BT < after)
         prefix.add(logits_BT, context.position_BT, prefix_BT, context.column_T)
     return decision
+
+
+def _by_prompt(
+    unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
+) -> Decision:
+    """The prompt decides for itself and for all that follows; the router sees nothing else."""
+    if context.prompt_BT is None:
+        assert layer is not None, "the door lets no forward pass that neither knows nor remembers"
+        logit_B = layer.prompts[unit.kind].logit_B
+    else:
+        prompt_1ND = x_BTD[context.prompt_BT][None]
+        logits_N = context.router(unit)(context.read(unit, prompt_1ND))[0]
+        logit_B = pool_prompt(logits_N, context.prompt_BT)
+        if layer is not None:
+            layer.prompts[unit.kind] = PromptLogit.of(logit_B, context.prompt_BT, context.column_T)
+    return Decision(logit_B[:, None].expand(context.real_BT.shape))

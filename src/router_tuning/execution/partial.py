@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from router_tuning.units import decoder_layers
+from router_tuning.units import decoder_layers, family_of
 
 
 @contextmanager
@@ -39,9 +39,10 @@ def run_from(decoder: nn.Module, first: int, state_BTD: Tensor) -> Iterator[None
     it.
     """
     lower = decoder_layers(decoder)[:first]
+    output = (state_BTD, None) if family_of(decoder).layer_tuple else state_BTD
 
-    def skipped(*args: Any, **kwargs: Any) -> Tensor:
-        return state_BTD
+    def skipped(*args: Any, **kwargs: Any) -> Any:
+        return output
 
     before = [layer.__dict__.get("forward") for layer in lower]
     try:

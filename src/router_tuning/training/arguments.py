@@ -84,7 +84,7 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     bias_learning_rate: float = field(
-        default=1e-1,
+        default=3e-2,
         metadata={
             "help": "Learning rate of the routers' scalar biases, which set how much is kept."
         },

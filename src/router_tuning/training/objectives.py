@@ -31,7 +31,7 @@ IGNORED = -100
 
 
 def head_of(model: nn.Module) -> Head:
-    """What a causal LM does from last hidden state to logits: output embedding and soft cap.
+    """What a causal LM does from last hidden state to logits: output embedding, scale, soft cap.
 
     Raises:
         UnsupportedModelError: the model has no output embedding.
@@ -51,10 +51,14 @@ def head_of(model: nn.Module) -> Head:
             "the base model (get_peft_model does) or call model.requires_grad_(False) before "
             "attaching the routers"
         )
-    cap: float | None = getattr(decoder_of(model).config, "final_logit_softcapping", None)
+    config = decoder_of(model).config
+    # Granite divides its logits, Cohere multiplies them.
+    scale = float(getattr(config, "logit_scale", None) or 1)
+    scale /= float(getattr(config, "logits_scaling", None) or 1)
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
     if not cap:
-        return embedding
-    return lambda hidden_ND: torch.tanh(embedding(hidden_ND) / cap) * cap
+        return embedding if scale == 1 else lambda hidden_ND: embedding(hidden_ND) * scale
+    return lambda hidden_ND: torch.tanh(embedding(hidden_ND) * scale / cap) * cap
 
 
 def distill_loss(

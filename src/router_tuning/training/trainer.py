@@ -28,7 +28,14 @@ from transformers.utils import logging
 
 from router_tuning.config import check_budget
 from router_tuning.errors import TrainingError
-from router_tuning.execution.context import dense, lowered_thresholds, record, routing_of
+from router_tuning.execution.context import (
+    dense,
+    lowered_thresholds,
+    prompts_until,
+    record,
+    routing_of,
+)
+from router_tuning.execution.prompts import label_starts
 from router_tuning.training.arguments import RouterTrainingArguments
 from router_tuning.training.budget import (
     Kept,
@@ -108,7 +115,13 @@ class RouterTrainerMixin(_Trainer):
     ) -> Any:
         """The task's loss, plus the budget term where gradients are wanted."""
         lowered_B = self._lowered(inputs)
-        with record(self.routed) as trace, lowered_thresholds(self.routed, lowered_B):
+        labels_BT = inputs.get("labels")
+        with (
+            record(self.routed) as trace,
+            lowered_thresholds(self.routed, lowered_B),
+            # The objectives' forwards get no labels, which say where prompts end.
+            prompts_until(self.routed, None if labels_BT is None else label_starts(labels_BT)),
+        ):
             task, outputs = self.task_loss(model, inputs, num_items_in_batch)
         if not trace.forwards:
             raise TrainingError(
