@@ -8,7 +8,7 @@ threshold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from router_tuning import RoutingConfig, attach, execute, record, replay, routing_of
 from router_tuning.execution.context import routers_of
 from router_tuning.record import Trace, same_decisions
-from router_tuning.units import decoder_layers, decoder_of, part_of
+from router_tuning.units import decoder_layers, decoder_of, family_of
 from tiny import CACHE_KEY, FAMILIES, tiny_model, token_ids
 
 LOGIT_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.25}
@@ -76,16 +76,24 @@ class Case:
 # The sink is longer than the always-run prefix, else sequence granularities would not notice it.
 POLICIES = ({"kv": "all"}, {"kv": "kept"}, {"kv": "kept", "sink": 5, "window": 3})
 SEVERAL = ("attn_token+mlp_token", "attn_sequence+mlp_token", "attn_token+mlp_sequence")
-CASES = [
-    *(
-        Case(family, granularity, **policy)  # type: ignore[arg-type]
-        for family in FAMILIES
-        for granularity in ("attn_token", "attn_sequence")
-        for policy in POLICIES
-    ),
-    *(Case(family, g, "all") for family in FAMILIES for g in ("mlp_token", "mlp_sequence")),
-    *(Case(family, g, "kept", 5, 3) for family in FAMILIES for g in SEVERAL),
-]
+REPRESENTATIVES = ("llama", "gemma3", "gpt_neox", "olmo2", "deepseek_v3", "mixtral", "falcon")
+"""One family of each build: known parts, sandwich, parallel, post-norm, latent, experts, tuples."""
+
+
+def _cases(family: str) -> Iterator[Case]:
+    for granularity in ("attn_token", "attn_sequence", "block_token", "block_sequence"):
+        for policy in POLICIES:
+            yield Case(family, granularity, **policy)  # type: ignore[arg-type]
+    yield Case(family, "mlp_token", "all")
+    yield Case(family, "mlp_sequence", "all")
+    if family in REPRESENTATIVES:
+        yield from (Case(family, granularity, "kept", 5, 3) for granularity in SEVERAL)
+
+
+CASES = [case for family in FAMILIES for case in _cases(family)]
+"""The whole matrix, for the central laws."""
+SOME_CASES = [case for case in CASES if case.family in REPRESENTATIVES]
+"""For what is special or slow."""
 
 
 def bare_model(family: str, **options: Any) -> PreTrainedModel:
@@ -243,29 +251,61 @@ def assert_mixed(trace: Trace) -> None:
     assert all(not torch.equal(rows[0], other) for other in rows[1:])
 
 
+OUTPUTS = ("o_proj", "dense", "c_proj")
+"""Names of output projections."""
+EXPANDING = "kv_b_proj"
+"""What makes keys and values of latent ones."""
+
+
 class Counter:
-    """Counts the token rows that enter each projection of each attention, and the last one of each
-    MLP, while it is in force.
+    """Counts the token rows that enter each linear layer of the decoder layers (and its experts),
+    and the FLOPs that they make, while it is in force.
     """
 
-    NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
-    MLP = "down_proj"
-
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.rows: dict[tuple[int, str], int] = {}
+        self.flops: dict[tuple[int, str], int] = {}
         self._hooks = []
-        decoder = decoder_of(model)
-        for index, layer in enumerate(decoder_layers(decoder)):
-            attention, mlp = (part_of(decoder, layer, kind) for kind in ("attn", "mlp"))
-            for part, name in [*((attention, name) for name in self.NAMES), (mlp, self.MLP)]:
-                hook = self._counting(index, name)
-                self._hooks.append(getattr(part, name).register_forward_pre_hook(hook))
+        for index, layer in enumerate(decoder_layers(decoder_of(model))):
+            for name, module in layer.named_modules():
+                weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+                if weights and "skip_router" not in name:
+                    self.rows[index, name] = self.flops[index, name] = 0
+                    hook = module.register_forward_pre_hook(self._counting(index, name, weights))
+                    self._hooks.append(hook)
 
-    def _counting(self, index: int, name: str) -> Any:
+    def _counting(self, index: int, name: str, weights: list[Tensor]) -> Any:
+        experts = [weight for weight in weights if weight.ndim == 3]
+
         def count(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.rows[index, name] = self.rows.get((index, name), 0) + args[0][..., 0].numel()
+            rows = args[0][..., 0].numel()
+            self.rows[index, name] += rows
+            if experts:  # called with the tokens, and with the experts that each goes through
+                through = args[1].numel()
+                each = sum(weight.numel() // weight.shape[0] for weight in experts)
+                self.flops[index, name] += 2 * through * each
+            else:
+                self.flops[index, name] += 2 * rows * sum(w.numel() for w in weights)
 
         return count
+
+    def entered(self, index: int, role: str) -> list[int]:
+        """The rows that entered each linear layer of a role: "key" (what makes keys), "query" (what
+        only an attending token needs), "expand" (what runs on all keys), "mlp".
+        """
+        return [n for (i, name), n in self.rows.items() if i == index and self.role(name) == role]
+
+    def role(self, name: str) -> str:
+        """The role of a linear layer by its name in the decoder layer."""
+        family = family_of(decoder_of(self.model))
+        last = name.rpartition(".")[2]
+        if not name.startswith(family.modules["attn"] + "."):
+            return "mlp"
+        if last == EXPANDING:
+            return "expand"
+        made = last in ("k_proj", "v_proj") if family.parts else last not in OUTPUTS
+        return "key" if made else "query"
 
     def __enter__(self) -> Counter:
         return self

@@ -81,7 +81,7 @@ def test_random_masks_really_skip() -> None:
     model, given = routed_model(), batch(padded=False)
     with Counter(model) as counter:
         trace = decisions(model, RandomMask(0.3), given)
-    queried = sum(n for (_, name), n in counter.rows.items() if name == "q_proj")
+    queried = sum(n for (_, name), n in counter.rows.items() if "q_proj" in name)
     assert queried == round(trace.kept_fraction() * 4 * given.ids.numel())
 
 

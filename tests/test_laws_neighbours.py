@@ -15,6 +15,7 @@ from laws import (
     CHUNKS,
     EFFECT,
     LOGIT_TOLERANCE,
+    SOME_CASES,
     Batch,
     Case,
     Run,
@@ -29,6 +30,7 @@ from router_tuning import record, set_budget
 
 TOLERANCE = LOGIT_TOLERANCE[torch.float32]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+some_cases = pytest.mark.parametrize("case", SOME_CASES, ids=str)
 
 
 # Law 4: causal
@@ -75,7 +77,7 @@ def test_a_row_alone_is_the_row_in_a_batch(case: Case, path: str) -> None:
             assert_same_row(run(model, alone, path=path), 0, alone, together, row, given)
 
 
-@every_case
+@some_cases
 def test_batch_order_changes_nothing(case: Case) -> None:
     model, given = routed_model(case), batch()
     together = run(model, given)
@@ -85,7 +87,7 @@ def test_batch_order_changes_nothing(case: Case) -> None:
         assert_same_row(turned, row, given.take(order), together, source, given)
 
 
-@every_case
+@some_cases
 def test_a_row_decoded_alone_is_the_row_decoded_in_a_padded_batch(case: Case) -> None:
     model, given = routed_model(case), batch()
     given.mask[1] = given.mask[1].flip(0)  # all padding on the left, as generate wants it
@@ -119,7 +121,7 @@ def test_a_row_of_nothing_but_padding_disturbs_no_other() -> None:
 # Law 7: no state on modules
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.kv == "all" or c.window], ids=str)
+@pytest.mark.parametrize("case", [c for c in SOME_CASES if c.kv == "all" or c.window], ids=str)
 def test_interleaved_generations_do_not_know_each_other(case: Case) -> None:
     model = routed_model(case)
     calibrate_by_hand(model)
@@ -140,7 +142,8 @@ def test_interleaved_generations_do_not_know_each_other(case: Case) -> None:
             start += length
     for part, one in zip(parts, alone, strict=True):
         assert torch.equal(torch.cat(part, 1), one.logits)
-    assert alone[0].trace.kept_fraction() < alone[1].trace.kept_fraction()
+    other = run(model, texts[0], CHUNKS["decode"], budget=budgets[1])
+    assert alone[0].trace.kept_fraction() < other.trace.kept_fraction()
 
 
 def test_a_forward_leaves_nothing_on_the_modules() -> None:

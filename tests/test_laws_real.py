@@ -55,7 +55,7 @@ def smollm2() -> tuple[PreTrainedModel, Batch]:
 def routed(request: Any, smollm2: tuple[PreTrainedModel, Batch]) -> Iterator[tuple[Any, Batch]]:
     model, given = smollm2
     with torch.no_grad():
-        before = model(given.ids, given.mask, given.positions).logits
+        before = model(given.ids, attention_mask=given.mask, position_ids=given.positions).logits
     case: Case = request.param
     config = case.config
     config.decide_after = 16
@@ -66,7 +66,9 @@ def routed(request: Any, smollm2: tuple[PreTrainedModel, Batch]) -> Iterator[tup
     yield model, given
     detach(model)
     with torch.no_grad():
-        assert torch.equal(model(given.ids, given.mask, given.positions).logits, before)
+        assert torch.equal(
+            model(given.ids, attention_mask=given.mask, position_ids=given.positions).logits, before
+        )
 
 
 def same(a: Run, b: Run) -> int:
@@ -106,6 +108,5 @@ def test_the_core_laws_hold(routed: tuple[Any, Batch], request: pytest.FixtureRe
     for index in range(30):
         keep = int(decisions[f"layers.{index}.attn"].sum())
         if keep < int(given.real.sum()):
-            assert counter.rows.get((index, "q_proj"), 0) == keep
-            assert counter.rows.get((index, "o_proj"), 0) == keep
+            assert set(counter.entered(index, "query")) == {keep}
     assert cost(model, whole.trace).flops_fraction < 1

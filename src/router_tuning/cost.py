@@ -2,14 +2,22 @@
 
 A multiply and an add are two FLOPs. Counted are the linear layers, the routers, the attention's
 scores and weighted sums (over the visible pairs of query and key only) and the output head; norms,
-rotations and activations are left out, in the routed and the dense model alike.
+rotations and activations are left out, in the routed and the dense model alike. Of experts, those
+are counted that a token goes through. Where a cache holds keys in a short form (latent attention),
+making the long one counts for each key left in the cache and each new one, in each forward.
+
+Not counted is what only fills: pads that the dense call itself computes; where rows hold different
+numbers of keys, the ends of the shorter rows; of a window of latent keys, the places of tokens that
+were kept (at most kv_window - 1 a row and forward). The recurrent states of layers without
+attention are left out too. A trace of the differentiable path, which computes every token, costs
+what the skipping path would.
 
 Shapes: B batch, C columns (tokens, pads included).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +28,13 @@ from router_tuning.config import RoutingConfig
 from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.context import routing_of
 from router_tuning.execution.visibility import sliding_window_of
+from router_tuning.layer_cost import LayerCost, layer_costs
 from router_tuning.record import ForwardRecord, Trace
 from router_tuning.units import (
     KINDS,
     attention_of,
     decoder_layers,
     decoder_of,
-    part_of,
     router_child,
     unwrap,
 )
@@ -60,6 +68,7 @@ def cost(model: nn.Module, trace: Trace) -> Cost:
 
     Raises:
         UnsupportedCallError: the trace begins in the middle of a conversation, or is empty.
+        UnsupportedModelError: how the model's attentions are built cannot be seen (layer_cost.py).
     """
     if not trace.forwards or trace.forwards[0].start:
         raise UnsupportedCallError(
@@ -75,48 +84,86 @@ def cost(model: nn.Module, trace: Trace) -> Cost:
     tokens = sum(int(f.real_BT.sum()) for f in trace.forwards)
     fixed = tokens * _head_flops(model)
     total = Cost(fixed, fixed, 0, 0)
+    prices = layer_costs(decoder)
     for index, layer in enumerate(decoder_layers(decoder)):
-        total = _add(total, _mlp_cost(decoder, layer, index, trace, tokens))
-        name = f"layers.{index}.attn"
-        routed = name in trace.unit_names
+        units = {kind: f"layers.{index}.{kind}" for kind in KINDS}
+        routed = {kind: name for kind, name in units.items() if name in trace.unit_names}
+        attending = routed.get("attn", routed.get("block"))
+        total = _add(total, _token_cost(layer, prices[index], routed, trace, tokens))
+        attention = attention_of(decoder, layer)
+        sliding = None if attention is None else sliding_window_of(attention)
         for episode in _episodes(trace.forwards):
-            total = _add(
-                total, _attention_cost(decoder, layer, episode, name if routed else None, config)
-            )
+            total = _add(total, _key_cost(prices[index], sliding, episode, attending, config))
     return total
 
 
-def _attention_cost(
-    decoder: nn.Module,
-    layer: nn.Module,
+def _token_cost(
+    layer: nn.Module, price: LayerCost, routed: dict[str, str], trace: Trace, tokens: int
+) -> Cost:
+    """What linear layers cost, but those that run on keys; and the routers."""
+
+    def kept(kind: str) -> int:
+        if kind not in routed:
+            return tokens
+        return sum(int(f.units[routed[kind]].keep_BT.sum()) for f in trace.forwards)
+
+    attending = routed.get("attn", routed.get("block"))
+    written = tokens
+    if attending is not None:
+        written = sum(_written(f, attending) for f in trace.forwards)
+    query, key = min(kept("attn"), kept("block")) * price.query, written * price.key
+    early = (written if "block" in routed else tokens) * price.early
+    beside = kept("block") * (price.mlp + price.rest - price.early)
+    skipped_mlps = (tokens - kept("mlp")) * price.mlp
+    routers = tokens * sum(_router_flops(layer, kind) for kind in routed)
+    return Cost(
+        query + key + early + beside - skipped_mlps + routers,
+        tokens * (price.query + price.key + price.mlp + price.rest),
+        0,
+        0,
+    )
+
+
+def _key_cost(
+    price: LayerCost,
+    sliding: int | None,
     episode: list[ForwardRecord],
     name: str | None,
     config: RoutingConfig,
 ) -> Cost:
-    attention: Any = attention_of(decoder, layer)
-    sliding = sliding_window_of(attention)
-    pairs = dense_pairs = 0
+    """What grows with the number of keys: what is done for each, and the cache."""
+    pairs = dense_pairs = expanded = dense_expanded = 0
     for stretch in _stretches(episode):
         columns = _Columns.of(stretch, name, config)
-        pairs += columns.pairs(columns.keep_BC, columns.permanent_BC, config.kv_window, sliding)
-        dense_pairs += columns.pairs(columns.real_BC, columns.real_BC, 0, sliding)
-    num_real = sum(int(f.real_BT.sum()) for f in episode)
-    num_kept = num_written = num_real
-    router = 0
-    if name is not None:
-        num_kept = sum(int(f.units[name].keep_BT.sum()) for f in episode)
-        num_written = sum(_written(f, name) for f in episode)
-        router = _router_flops(layer, "attn")
-    query = 2 * (attention.q_proj.weight.numel() + attention.o_proj.weight.numel())
-    key = 2 * (attention.k_proj.weight.numel() + attention.v_proj.weight.numel())
-    pair = 4 * attention.q_proj.weight.shape[0]  # scores and weighted sum, over all query heads
-    per_key = 2 * attention.k_proj.weight.shape[0] * attention.k_proj.weight.element_size()
+        seen_BC = columns.seen(columns.permanent_BC, config.kv_window if name else 0, sliding)
+        dense_seen_BC = columns.seen(columns.real_BC, 0, sliding)
+        pairs += columns.pairs(columns.keep_BC, seen_BC)
+        dense_pairs += columns.pairs(columns.real_BC, dense_seen_BC)
+        if price.expand:
+            expanded += _expanded(stretch, columns.keep_BC, columns.write_BC, seen_BC)
+            real_BC = columns.real_BC
+            dense_expanded += _expanded(stretch, real_BC, real_BC, dense_seen_BC)
     return Cost(
-        num_kept * query + num_written * key + pairs * pair + num_real * router,
-        num_real * (query + key) + dense_pairs * pair,
-        per_key * columns.held(columns.permanent_BC, config.kv_window if name else 0, sliding),
-        per_key * columns.held(columns.real_BC, 0, sliding),
+        pairs * price.pair + expanded * price.expand,
+        dense_pairs * price.pair + dense_expanded * price.expand,
+        price.key_bytes
+        * columns.held(columns.permanent_BC, config.kv_window if name else 0, sliding),
+        price.key_bytes * columns.held(columns.real_BC, 0, sliding),
     )
+
+
+def _expanded(stretch: _Stretch, ask_BC: Tensor, write_BC: Tensor, seen_BC: Tensor) -> int:
+    """How often a key is made from its short form: in each forward, for each row that asks, those
+    that are left of earlier forwards and those that are new.
+    """
+    total = 0
+    for forward in stretch.new:
+        new = slice(forward.start, forward.start + forward.real_BT.shape[1])
+        # The first new query sees what is left, and itself.
+        left_B = seen_BC[:, forward.start] - forward.real_BT[:, 0].long()
+        asking_B = ask_BC[:, new].any(1)
+        total += int(((left_B + write_BC[:, new].sum(1)) * asking_B).sum())
+    return total
 
 
 @dataclass(frozen=True)
@@ -154,6 +201,8 @@ class _Columns:
 
     real_BC: Tensor
     keep_BC: Tensor
+    write_BC: Tensor
+    """Keys that were made."""
     permanent_BC: Tensor
     """Keys that stay visible beyond the window."""
     begin_BC: Tensor
@@ -170,21 +219,20 @@ class _Columns:
             fresh_BC = packed.diff(dim=1, prepend=packed[:, :1]) != 0
             column_C = torch.arange(real_BC.shape[1], device=real_BC.device)
             begin_BC = torch.where(fresh_BC, column_C, 0).cummax(1).values
-        keep_BC = permanent_BC = real_BC
+        keep_BC = write_BC = permanent_BC = real_BC
         if name is not None:
+            write_BC = stretch.columns(lambda f: _write_BT(f, name))
             keep_BC = stretch.columns(lambda f: f.units[name].keep_BT)
             permanent_BC = real_BC if config.kv == "all" else keep_BC
             if config.kv == "kept" and config.kv_sink:
                 position_BC = _count(real_BC, begin_BC)  # from 1
                 permanent_BC = keep_BC | (real_BC & (position_BC <= config.kv_sink))
         first_new = stretch.new[0].start
-        return cls(real_BC, keep_BC, permanent_BC, begin_BC, first_new)
+        return cls(real_BC, keep_BC, write_BC, permanent_BC, begin_BC, first_new)
 
-    def pairs(
-        self, query_BC: Tensor, permanent_BC: Tensor, window: int, sliding: int | None
-    ) -> int:
-        """Pairs of a new asking query and a key it sees: a permanent one, or a real one among the
-        latest `window`.
+    def seen(self, permanent_BC: Tensor, window: int, sliding: int | None) -> Tensor:
+        """How many keys a query at each column sees: permanent ones, and real ones among the latest
+        `window`: (B, C).
         """
         width = self.real_BC.shape[1]
         column_C = torch.arange(width, device=self.real_BC.device)
@@ -192,7 +240,11 @@ class _Columns:
         near = min(max(window, 1), reach)
         far_BC = _count(permanent_BC, self.begin_BC.maximum(column_C - reach + 1))
         near_BC = _count(self.real_BC & ~permanent_BC, self.begin_BC.maximum(column_C - near + 1))
-        return int(((far_BC + near_BC) * query_BC)[:, self.first_new :].sum())
+        return far_BC + near_BC
+
+    def pairs(self, query_BC: Tensor, seen_BC: Tensor) -> int:
+        """Pairs of a new asking query and a key it sees."""
+        return int((seen_BC * query_BC)[:, self.first_new :].sum())
 
     def held(self, permanent_BC: Tensor, window: int, sliding: int | None) -> int:
         """Keys that the policy holds after the last column."""
@@ -222,31 +274,13 @@ def _episodes(forwards: list[ForwardRecord]) -> list[list[ForwardRecord]]:
 
 def _written(forward: ForwardRecord, name: str) -> int:
     """Tokens whose key and value an attention computed."""
+    return int(_write_BT(forward, name).sum())
+
+
+def _write_BT(forward: ForwardRecord, name: str) -> Tensor:
     write_BT = forward.units[name].write_BT
-    assert write_BT is not None, f"{name} is no attention"
-    return int(write_BT.sum())
-
-
-def _mlp_cost(decoder: nn.Module, layer: nn.Module, index: int, trace: Trace, tokens: int) -> Cost:
-    """What is left of a layer without its attention: of an MLP, routed or not."""
-    attention = set(part_of(decoder, layer, "attn").modules())
-    routers = [getattr(layer, router_child(kind), nn.Module()) for kind in KINDS]
-    beside = {module for router in routers for module in router.modules()}
-    mlp = set(part_of(decoder, layer, "mlp").modules())
-    rest = [m for m in layer.modules() if m not in attention and m not in beside]
-    token = _linear_flops(m for m in rest if m in mlp)
-    always = _linear_flops(m for m in rest if m not in mlp)
-    name = f"layers.{index}.mlp"
-    kept, router = tokens, 0
-    if name in trace.unit_names:
-        kept = sum(int(f.units[name].keep_BT.sum()) for f in trace.forwards)
-        router = _router_flops(layer, "mlp")
-    return Cost(kept * token + tokens * (always + router), tokens * (token + always), 0, 0)
-
-
-def _linear_flops(modules: Iterable[nn.Module]) -> int:
-    """FLOPs a token of linear layers."""
-    return sum(2 * m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+    assert write_BT is not None, f"{name} has no keys"
+    return write_BT
 
 
 def _router_flops(layer: nn.Module, kind: str) -> int:

@@ -17,6 +17,7 @@ from router_tuning.execution.gathered import gathered_call
 from router_tuning.execution.handover import gated, hand_over, handed_in
 from router_tuning.execution.masked import masked_call
 from router_tuning.execution.tokens import skipping_attention
+from router_tuning.execution.visibility import check_packed
 from router_tuning.units import Unit, family_of, first_of, is_sequence
 
 
@@ -28,6 +29,7 @@ def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     dense_forward = original_forward(attention)
     if context is None:
         return dense_forward(*args, **kwargs)
+    check_packed(call.mask, context)
     unit: Unit = attention.__dict__["skip_unit"]
     if context.masked:
         decided = decide(unit, call.x_BTD, context, None)

@@ -16,6 +16,7 @@ from router_tuning.execution.deciding import decide
 from router_tuning.execution.gathered import gathered_call
 from router_tuning.execution.handover import handed_in
 from router_tuning.execution.masked import masked_call
+from router_tuning.execution.visibility import check_packed
 from router_tuning.units import Unit, attention_of, family_of, first_of
 
 
@@ -26,6 +27,7 @@ def routed_block(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if context is None:
         return dense_forward(*args, **kwargs)
     call = UnitCall.read(layer, args, kwargs)
+    check_packed(call.mask, context)
     unit: Unit = layer.__dict__["skip_unit"]
     attention = attention_of(context.decoder, layer)
     assert attention is not None

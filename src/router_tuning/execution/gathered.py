@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from router_tuning.errors import UnsupportedCallError, UnsupportedModelError
-from router_tuning.execution.cache import RoutedCacheLayer, real_columns
+from router_tuning.execution.cache import KeptKeys, RoutedCacheLayer, real_columns
 from router_tuning.execution.call import Decided, UnitCall
 from router_tuning.execution.context import ForwardContext
 from router_tuning.execution.projections import keys_values
@@ -63,6 +63,11 @@ class RowKeys:
             return self
         parts = (self.key_RHKD, self.value_RHKD, self.column_RK, self.permanent_RK)
         return RowKeys(*(part[row_R] for part in parts))
+
+    def slots(self, of: Tensor | slice) -> RowKeys:
+        """Some of the keys of each row."""
+        wide, flat = (self.key_RHKD, self.value_RHKD), (self.column_RK, self.permanent_RK)
+        return RowKeys(*(part[:, :, of] for part in wide), *(part[:, of] for part in flat))
 
 
 class HandedCache:
@@ -121,7 +126,7 @@ def gathered_call(
     with _masks_taken(attention):
         extra = _keys_of(dense_forward, attention, call, write_BT & ~keep_BT, unit, context)
         made = [] if extra is None else [extra]
-        before = [keys for keys in (past, _by_row(extra, context)) if keys is not None]
+        before = [*past, *_by_row(extra, context)]
         for row_R, token_RL in _groups(keep_BT):
             group = _Group(call, row_R, token_RL, before, attention, unit, context)
             output[row_R[:, None], token_RL] = group.output(dense_forward).to(output.dtype)
@@ -237,36 +242,49 @@ def _first_column(call: UnitCall, unit: Unit, context: ForwardContext) -> int:
 
 def _past(
     call: UnitCall, layer: RoutedCacheLayer | None, unit: Unit, context: ForwardContext
-) -> RowKeys | None:
+) -> list[RowKeys]:
     """The keys that earlier forwards have left."""
     if call.cache is None or not context.start:
-        return None
+        return []
     if context.config.kv == "kept":
         assert layer is not None
         assert layer.store is not None
-        view = layer.store.view()
-        if view is None:
-            return None
-        return RowKeys(*view, layer.store.permanent_S().expand(view[2].shape))
+        return _stored(layer.store)
     held = call.cache.layers[unit.layer_idx]
     length = held.keys.shape[2]
     column_K = torch.arange(context.start - length, context.start, device=held.keys.device)
     column_BK = column_K.where(real_columns(context.real_BC, column_K, context.rows), -1)
-    return RowKeys(held.keys, held.values, column_BK, torch.ones_like(column_BK, dtype=torch.bool))
+    lasting_BK = torch.ones_like(column_BK, dtype=torch.bool)
+    return [RowKeys(held.keys, held.values, column_BK, lasting_BK)]
 
 
-def _by_row(extra: FlatKeys | None, context: ForwardContext) -> RowKeys | None:
+def _stored(store: KeptKeys) -> list[RowKeys]:
+    """The lasting keys of a cache, and of its ring the slots that the next query may see."""
+    view = store.view()
+    if view is None:
+        return []
+    held = RowKeys(*view, store.permanent_S().expand(view[2].shape))
+    if not store.ring:
+        return [held]
+    first = max(store.seen - store.window + 1, 0)
+    slot_K = torch.arange(first, store.seen, device=view[2].device) % store.ring
+    return [held.slots(slot_K), held.slots(slice(store.ring, None))]
+
+
+def _by_row(extra: FlatKeys | None, context: ForwardContext) -> list[RowKeys]:
     """Keys of skipped tokens, each row's side by side."""
     if extra is None:
-        return None
+        return []
     lasting_BT = _lasting(context)
     tokens = extra.tokens
-    return RowKeys(
-        tokens.pack(extra.key_NHD).transpose(1, 2),
-        tokens.pack(extra.value_NHD).transpose(1, 2),
-        tokens.pack(context.column_T[tokens.token_N], fill=-1),
-        tokens.pack(lasting_BT[tokens.row_N, tokens.token_N]),
-    )
+    return [
+        RowKeys(
+            tokens.pack(extra.key_NHD).transpose(1, 2),
+            tokens.pack(extra.value_NHD).transpose(1, 2),
+            tokens.pack(context.column_T[tokens.token_N], fill=-1),
+            tokens.pack(lasting_BT[tokens.row_N, tokens.token_N]),
+        )
+    ]
 
 
 def _lasting(context: ForwardContext) -> Tensor:

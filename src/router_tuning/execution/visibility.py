@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.context import ForwardContext
 
 
@@ -44,3 +46,17 @@ def permanent(keep_BT: Tensor, context: ForwardContext) -> Tensor:
     if not context.config.kv_sink:
         return keep_BT
     return keep_BT | (context.real_BT & (context.position_BT < context.config.kv_sink))
+
+
+def check_packed(mask: Any, context: ForwardContext) -> None:
+    """Refuse packed texts that a model's own mask (B or 1, h, T, K) does not tell apart."""
+    if context.sequence_BT is None or not isinstance(mask, Tensor) or mask.ndim != 4:
+        return
+    visible = mask if mask.dtype == torch.bool else mask >= 0
+    across_BTT = context.sequence_BT[:, :, None] != context.sequence_BT[:, None, :]
+    if bool((visible & across_BTT[:, None]).any()):
+        raise UnsupportedCallError(
+            f"position_ids start again within a row, as where texts are packed, but "
+            f"{type(context.decoder).__name__} lets each see the one before; give each text a row "
+            "of its own, or position_ids that go on"
+        )
