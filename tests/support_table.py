@@ -198,7 +198,7 @@ def table(rows: dict[str, dict[str, str]]) -> str:
 def read(text: str) -> dict[str, dict[str, str]]:
     """The rows of a document that `table` wrote."""
     notes = dict(re.findall(r"^\[\^(\d+)\]: (.*)\.$", text, re.MULTILINE))
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     named = (dict(zip(rows[0], row, strict=True)) for row in rows[1:])
     return {

@@ -20,9 +20,10 @@ from router_tuning.config import GRANULARITIES
 from router_tuning.errors import UnsupportedCallError, UnsupportedModelError
 from router_tuning.execution import trial
 from router_tuning.execution.context import routers_of
+from router_tuning.execution.visibility import sliding_window_of
 from router_tuning.units import FAMILIES as TABLE
 from router_tuning.units import decoder_of, is_found
-from tiny import FOUND, PARTLY, tiny_model, token_ids
+from tiny import CACHE_KEY, FOUND, PARTLY, tiny_model, token_ids
 
 CELLS = [
     *(Case(family, g, "kept", 5, 3) for family in (*PARTLY, *FOUND) for g in GRANULARITIES),
@@ -205,7 +206,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
             "intermediate_size_mlp": 48,
             "num_local_experts": 2,
         },
-        "asks its cache for 'get_seq_length'",
+        "its cache keeps 8192",
     ),
 }
 
@@ -261,6 +262,21 @@ def test_the_trial_refuses_an_attention_that_counts_its_tokens() -> None:
         attach(model, RoutingConfig())
 
 
+def test_an_attention_that_asks_its_cache_for_more_is_refused() -> None:
+    """Of the length, say, to count positions from: it is not the kept tokens'."""
+    model = tiny_model("starcoder2")
+    attention = model.model.layers[3].self_attn
+    dense = type(attention).forward
+
+    def asking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs[CACHE_KEY] and kwargs[CACHE_KEY].get_seq_length()
+        return dense(self, *args, **kwargs)
+
+    attention.forward = MethodType(asking, attention)
+    with pytest.raises(UnsupportedModelError, match="asks its cache for 'get_seq_length'"):
+        attach(model, RoutingConfig())
+
+
 def test_the_trial_names_a_norm_that_nobody_knew() -> None:
     model = tiny_model("starcoder2")
     layer = model.model.layers[0]
@@ -274,6 +290,27 @@ def test_the_trial_names_a_norm_that_nobody_knew() -> None:
 
 def through_the_norm(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     return hidden_states + self.behind_norm(self.mlp(hidden_states))
+
+
+def test_the_trial_compares_windows_with_the_cache() -> None:
+    """It is too short to notice one."""
+    model = tiny_model("starcoder2", sliding_window=100)
+    model.model.layers[1].self_attn.sliding_window = 50
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.attn .* latest 50, .* keeps 100"):
+        attach(model, RoutingConfig())
+
+
+def test_an_attention_that_names_a_window_and_does_not_slide_sees_all() -> None:
+    model = tiny_model("exaone4")
+    attentions = [layer.self_attn for layer in model.model.layers]
+    assert [attention.sliding_window for attention in attentions] == [8] * 4
+    assert [sliding_window_of(attention) for attention in attentions] == [8, None, 8, None]
+    attach(model, RoutingConfig(kv="all"))
+    randomize(model)
+    given = batch(padded=False)  # the model makes no mask for layers that see all
+    whole = run(model, given)
+    masked = run(model, given, path="masked", decisions=whole.trace.decisions())
+    assert_close(whole, masked, given.real)
 
 
 def test_the_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,11 @@ from transformers import DynamicCache
 
 from router_tuning.errors import RouterTuningError, UnsupportedCallError, UnsupportedModelError
 from router_tuning.execution.context import dense, execute, replay, routing_of
+from router_tuning.execution.visibility import sliding_window_of
 from router_tuning.units import (
     ADD_A_ROW,
     Unit,
+    attention_of,
     cache_argument,
     decoder_layers,
     first_of,
@@ -56,6 +58,7 @@ def try_out(decoder: nn.Module) -> None:
 
 
 def _try_out(decoder: Any) -> None:
+    _check_windows(decoder)
     device, total = next(decoder.parameters()).device, sum(CHUNKS)
     generator = torch.Generator().manual_seed(SEED)
     size = int(decoder.config.vocab_size)
@@ -76,6 +79,22 @@ def _try_out(decoder: Any) -> None:
         others["by the masked path"] = masked
     for how, state_BTD in others.items():
         _compare(decoder, skipping, state_BTD, mask_BT.bool(), how)
+
+
+def _check_windows(decoder: Any) -> None:
+    """What we take for a sliding window must be the cache's: a trial is too short to notice one."""
+    held, layers = DynamicCache(config=decoder.config).layers, decoder_layers(decoder)
+    for unit in routing_of(decoder).units:
+        if unit.kind == "mlp" or not held:
+            continue
+        window = getattr(held[unit.layer_idx], "sliding_window", None)
+        seen = sliding_window_of(attention_of(decoder, layers[unit.layer_idx]))
+        if seen != window:
+            raise UnsupportedModelError(
+                f"{_name(decoder)} was found by its structure, but the attention of {unit.name} "
+                f"seems to see the latest {seen or 'tokens, all'}, and its cache keeps "
+                f"{window or 'all'}. {ADD_A_ROW}"
+            )
 
 
 def _states(decoder: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
