@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from laws import CHUNKS, Batch, Case, Counter, bare_model, batch, randomize, routed_model, run
@@ -15,6 +14,7 @@ from router_tuning import RoutingConfig, attach, decided_by, dense, record, repl
 from router_tuning.baselines import RandomMask, StaticDrop, cosine_order, greedy_order
 from router_tuning.data import Windows
 from router_tuning.errors import ConfigError
+from router_tuning.units import decoder_layers, decoder_of, first_of, part_of, post_norm_of
 from tiny import FAMILIES, token_ids
 
 NAMES = [f"layers.{i}.attn" for i in range(4)]
@@ -151,18 +151,23 @@ def test_static_drop_is_the_model_without_those_attentions(family: str) -> None:
         dropped = run(model, given)
     assert dropped.trace.kept_per_unit() == dict(zip(NAMES, (1, 0, 0, 1), strict=True))
     with dense(model):
-        hooks = [nothing_added(model.model.layers[i], family) for i in (1, 2)]
+        hooks = [nothing_added(model, index, "attn") for index in (1, 2)]
         expected = run(model, given).logits
         for hook in hooks:
             hook.remove()
     assert (dropped.logits - expected).abs().max() < 3e-5
 
 
-def nothing_added(layer: Any, family: str) -> Any:
-    """A hook that lets the attention of a layer add nothing to the residual."""
-    if family == "gemma3":
-        return layer.post_attention_layernorm.register_forward_hook(lambda *a: a[2] * 0)
-    return layer.self_attn.register_forward_hook(lambda *a: (a[2][0] * 0, None))
+def nothing_added(model: Any, index: int, kind: str) -> Any:
+    """A hook that lets the attention or the MLP of a layer add nothing to the residual."""
+    decoder = decoder_of(model)
+    layer = decoder_layers(decoder)[index]
+    branch = post_norm_of(decoder, layer, kind) or part_of(decoder, layer, kind)
+
+    def nothing(module: Any, args: Any, output: Any) -> Any:
+        return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+    return branch.register_forward_hook(nothing)
 
 
 def test_static_drop_of_nothing_is_the_dense_model() -> None:
@@ -173,35 +178,48 @@ def test_static_drop_of_nothing_is_the_dense_model() -> None:
         assert torch.equal(nothing, run(model, given).logits)
 
 
+def similarities(model: Any, text: Windows) -> dict[str, float]:
+    """Of the stream before and after each unit, where an MLP's begins at what its layer gives
+    without it.
+    """
+    layers, calls, found = decoder_layers(decoder_of(model)), [], {}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model(text.ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for index, (layer, (args, kwargs)) in enumerate(zip(layers, calls, strict=True)):
+            before, end = args[0], first_of(layer(*args, **kwargs))
+            hook = nothing_added(model, index, "mlp")
+            between = first_of(layer(*args, **kwargs))
+            hook.remove()
+            for kind, first, last in (
+                ("attn", before, between),
+                ("mlp", between, end),
+                ("block", before, end),
+            ):
+                cosine = torch.nn.functional.cosine_similarity(first, last, dim=-1)
+                found[f"layers.{index}.{kind}"] = float(cosine.mean())
+    return found
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cosine_order_equals_the_obvious_computation(family: str) -> None:
-    model, text = bare_model(family), windows()
-    similarities = {}
-    for index, layer in enumerate(model.model.layers):
-        seen: dict[str, Tensor] = {}
-        before = layer.input_layernorm.register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.update(before=args[0])
-        )
-        # What enters the second residual branch is the stream after the attention.
-        name = "pre_feedforward_layernorm" if family == "gemma3" else "post_attention_layernorm"
-        after = getattr(layer, name).register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.update(after=args[0])
-        )
-        end = layer.register_forward_hook(
-            lambda module, args, output, seen=seen: seen.update(end=output)
-        )
-        with torch.no_grad():
-            model(text.ids)
-        for hook in (before, after, end):
-            hook.remove()
-        for kind, first, last in (("attn", "before", "after"), ("mlp", "after", "end")):
-            cosine = torch.nn.functional.cosine_similarity(seen[first], seen[last], dim=-1)
-            similarities[f"layers.{index}.{kind}"] = float(cosine.mean())
-    attach(model, RoutingConfig(granularity=["attn_token", "mlp_token"]))
-    randomize(model)  # which must not matter: the dense model is measured
-    order = cosine_order(model, text, batch_size=3)
-    assert order == sorted(similarities, key=lambda name: -similarities[name])
-    assert not any(module._forward_hooks for module in model.modules())
+    text = windows()
+    expected = similarities(bare_model(family), text)
+    for granularity in (["attn_token", "mlp_token"], ["block_token"]):
+        model = bare_model(family)
+        attach(model, RoutingConfig(granularity=granularity))
+        randomize(model)  # which must not matter: the dense model is measured
+        order = cosine_order(model, text, batch_size=3)
+        assert order == sorted(order, key=lambda name: -expected[name])
+        assert len(order) == 4 * len(granularity)
+        assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_two_units_of_a_layer_have_random_masks_of_their_own() -> None:

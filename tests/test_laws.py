@@ -40,7 +40,8 @@ from router_tuning import attach, dense, detach, execute, record, replay, routin
 from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.context import routers_of
 from router_tuning.record import Trace
-from tiny import FAMILIES
+from router_tuning.units import decoder_of, family_of
+from tiny import FAMILIES, checkpoint_activations
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 some_cases = pytest.mark.parametrize("case", SOME_CASES, ids=str)
@@ -98,6 +99,36 @@ def test_fresh_routers_change_no_bit_with_grad(family: str, training: bool) -> N
     routed = model(given.ids, attention_mask=given.mask, position_ids=given.positions).logits
     assert routed.requires_grad
     assert torch.equal(routed, before)
+
+
+@every_family
+@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])
+def test_activation_checkpointing_changes_no_gradient_or_is_refused(
+    family: str, granularity: str
+) -> None:
+    """It runs layers again, where families that hand no keywords on have lost what was decided."""
+    model, given = routed_model(Case(family, granularity, "all")), batch()
+    model.requires_grad_(False)
+    for router in routers_of(model).values():
+        router.requires_grad_(True)
+    plain = router_gradients(model, given)
+    checkpoint_activations(model, {"use_reentrant": False})
+    model.train()
+    if not family_of(decoder_of(model)).keywords:
+        with pytest.raises(UnsupportedCallError, match="activation checkpointing runs layers of"):
+            router_gradients(model, given)
+        model.eval()
+        assert plain.equal(router_gradients(model, given))
+    else:
+        torch.testing.assert_close(plain, router_gradients(model, given))
+
+
+def router_gradients(model: Any, given: Batch) -> Tensor:
+    """Of a loss, in all routers."""
+    model.zero_grad()
+    logits = model(given.ids, attention_mask=given.mask, position_ids=given.positions).logits
+    logits[given.real].square().mean().backward()
+    return torch.cat([p.grad.flatten() for r in routers_of(model).values() for p in r.parameters()])
 
 
 @every_family

@@ -30,6 +30,7 @@ from router_tuning.units import (
     Unit,
     decoder_layers,
     decoder_of,
+    first_of,
     is_sequence,
     part_of,
     post_norm_of,
@@ -155,6 +156,7 @@ def cosine_order(model: nn.Module, windows: Windows, *, batch_size: int = 8) -> 
 def _similarity_hooks(decoder: nn.Module, unit: Unit, sums: dict[str, float]) -> list[Any]:
     layer = decoder_layers(decoder)[unit.layer_idx]
     branch = post_norm_of(decoder, layer, unit.kind) or part_of(decoder, layer, unit.kind)
+    scale = getattr(layer, "residual_multiplier", 1.0)  # some layers add only so much of a branch
     entering: list[Tensor] = []
     updates: list[Tensor] = []
 
@@ -162,14 +164,17 @@ def _similarity_hooks(decoder: nn.Module, unit: Unit, sums: dict[str, float]) ->
         entering[:] = [args[0]]
 
     def update(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        updates[:] = [output[0] if isinstance(output, tuple) else output]
+        updates[:] = [first_of(output) * scale]
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        after = output[0] if isinstance(output, tuple) else output
+        after = first_of(output)
         # An attention updates what enters its layer, an MLP what its layer then gives back.
-        before = entering[0] if unit.kind == "attn" else after - updates[0]
-        similar = torch.cosine_similarity(before, before + updates[0], dim=-1)
-        sums[unit.name] += float(similar.sum())
+        if unit.kind == "mlp":
+            before = after - updates[0]
+        else:
+            before = entering[0]
+            after = after if unit.kind == "block" else before + updates[0]
+        sums[unit.name] += float(torch.cosine_similarity(before, after, dim=-1).sum())
 
     return [
         layer.register_forward_pre_hook(enter),
