@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from router_tuning.config import RoutingConfig, check_budget, threshold_for
 from router_tuning.errors import ConfigError, UnsupportedCallError
@@ -69,6 +72,10 @@ CONTINUOUS = (
 """A causal LM's ways into continuous batching; not every version of transformers has them all."""
 
 
+PREPARE = "prepare_inputs_for_generation"
+"""The method of a causal LM that makes the arguments of `generate`'s forwards."""
+
+
 def attach(model: nn.Module, config: RoutingConfig) -> None:
     """Add fresh routers to a causal LM and route it. The logits stay the same to the bit.
 
@@ -100,6 +107,7 @@ def detach(model: nn.Module) -> None:
 
 def install(model: nn.Module, config: RoutingConfig) -> None:
     """Route a model whose layers have their routers (see router_child) already."""
+    _keep_out_of_compiled_code()
     decoder = decoder_of(model)
     layers = decoder_layers(decoder)
     units = _checked_units(model, config)
@@ -125,6 +133,8 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
     if causal is not decoder:
         causal_class: Any = type(causal)
         _replace(causal, "forward", _accept_budget(causal_class))
+        if hasattr(causal_class, PREPARE):
+            _replace(causal, PREPARE, _with_the_padding(causal_class))
         for name in CONTINUOUS:
             if hasattr(causal_class, name):
                 _replace(causal, name, _unless_routed(causal_class, name))
@@ -156,7 +166,7 @@ def uninstall(model: nn.Module) -> None:
         module.__dict__.pop("skip_unit", None)
         module.__dict__.pop("skip_followed_by", None)
         _restore(module, "forward")
-    for name in CONTINUOUS:
+    for name in (PREPARE, *CONTINUOUS):
         _restore(causal, name)
 
 
@@ -219,7 +229,11 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
         kwargs = _without_cache(given, kwargs)
         cache = None
     elif _fills_a_cache(decoder, given):
-        check_cache(cache, routing.cached_layers())
+        check_cache(cache, routing.cached_layers(len(decoder_layers(decoder))))
+        if cache is None and routing.remembers_for_mlps():
+            # The decoder would make one that MLPs are not called with.
+            cache = DynamicCache(config=decoder.config)  # type: ignore[arg-type]
+            args, kwargs = (), {**given, _cache_name(type(decoder)): cache}
         position_ids = None  # transformers tells packed texts apart only where no cache is filled
     context = open_forward(
         decoder,
@@ -240,11 +254,26 @@ def _enter_decoder(decoder: nn.Module, *args: Any, budget: Any = None, **kwargs:
             "their units decided; switch it off to train routers on this family"
         )
     with opened(context):
-        output = dense_forward(*args, **kwargs)
+        run = dense_forward if context.masked else functools.partial(_uncompiled, dense_forward)
+        output = run(*args, **kwargs)
     # Appended when it is complete: an interrupted forward leaves no half record.
     if options.trace is not None:
         options.trace.forwards.append(context.record)
     return output
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a forward as it is also inside compiled code: what is skipped changes every shape."""
+    return forward(*args, **kwargs)
+
+
+@functools.cache
+def _keep_out_of_compiled_code() -> None:
+    """Tell the compiler to run this package's functions as they are, and to compile the modules
+    that they call: contexts, records and numbers of kept tokens are no part of a graph.
+    """
+    torch._dynamo.trace_rules.add("router_tuning")
 
 
 def _checkpoints_activations(decoder: nn.Module) -> bool:
@@ -259,6 +288,10 @@ def _cache_in(given: dict[str, Any]) -> Any:
     """
     cache = given.get("cache")
     return given.get("past_key_values") if cache is None else cache
+
+
+def _cache_name(decoder_class: type) -> str:
+    return "cache" if "cache" in _positional_names(decoder_class) else "past_key_values"
 
 
 def _fills_a_cache(decoder: nn.Module, given: dict[str, Any]) -> bool:
@@ -315,6 +348,26 @@ def _accept_budget(causal_class: type) -> Callable[..., Any]:
     ordered = [*named, budget, last] if last.kind is last.VAR_KEYWORD else [*named, last, budget]
     forward.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
     return forward
+
+
+@functools.cache
+def _with_the_padding(causal_class: type) -> Callable[..., Any]:
+    """The preparation of `generate`'s forwards, which leaves the padding mask as it came: for
+    static caches it is made a 4-D one, which does not tell where the padding is.
+    """
+
+    def prepare(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inputs = original_method(causal, PREPARE)(*args, **kwargs)
+        decoder = decoder_of(causal)
+        routing = decoder.__dict__.get("routing")
+        mask = kwargs.get("attention_mask")
+        if routing is None or not routing.enabled or options_for(decoder).dense:
+            return inputs
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            inputs["attention_mask"] = mask
+        return inputs
+
+    return functools.update_wrapper(prepare, getattr(causal_class, PREPARE))
 
 
 @functools.cache

@@ -54,7 +54,8 @@ def cache_layer(cache: Any, unit: Unit, context: ForwardContext) -> RoutedCacheL
     """The routed cache layer of a unit, where the policy or the granularity needs one."""
     if cache is None:
         return None
-    if context.config.kv == "kept" or is_sequence(context.granularity(unit)):
-        return touch(cache, unit.layer_idx)
-    check_layer(cache, unit.layer_idx)
+    every_key = context.config.kv == "all"
+    if not every_key or is_sequence(context.granularity(unit)):
+        return touch(cache, unit.layer_idx, every_key=every_key)
+    check_layer(cache, unit.layer_idx, every_key=every_key)
     return None
