@@ -117,6 +117,13 @@ _SHARED_KEYS = {  # layers 4 and 5 read the keys of 2 and 3
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB_SIZE,
 }
+_LINEAR = {  # linear attention in every second layer
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 _PARTLY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3n": (
         "Gemma3n",
@@ -132,15 +139,7 @@ _PARTLY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_next": (
         "Qwen3Next",
         _SHAPE,
-        {
-            **_EXPERTS,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "shared_expert_intermediate_size": 24,
-        },
+        {**_EXPERTS, **_LINEAR, "shared_expert_intermediate_size": 24},
     ),
 }
 """Families of which some units cannot be routed."""
@@ -156,6 +155,7 @@ _FOUND: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gptj": ("GPTJ", _GPTJ, {}),
     "nemotron": ("Nemotron", _SHAPE, {}),
     "opt": ("OPT", _OPT, {}),
+    "olmo_hybrid": ("OlmoHybrid", _NO_HEAD_DIM, _LINEAR),
     "phi": ("Phi", _NO_HEAD_DIM, {}),
     "stablelm": ("StableLm", _NO_HEAD_DIM, {"use_parallel_residual": True}),
     "starcoder2": ("Starcoder2", _NO_HEAD_DIM, {"residual_dropout": 0.0, "embedding_dropout": 0.0}),

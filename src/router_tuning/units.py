@@ -179,8 +179,9 @@ INPUT_NORMS = (
     *("norm1", "attention_norm", "attn_norm"),
 )
 
-PARTS = ("attn", "attention", "mixer", "conv", "mlp", "ffn", "feed_forward", "moe", "expert")
-"""Parts of names that tell of an attention or an MLP."""
+MIXING = ("attn", "attention", "mixer", "conv")
+FEEDING = ("mlp", "ffn", "feed_forward", "moe", "expert")
+"""Parts of names that tell of an attention, and of an MLP."""
 
 
 def _structure(module: nn.Module) -> Family | str | None:
@@ -223,7 +224,9 @@ def _doubt(layer: nn.Module) -> str | None:
     for name, child in layer.named_children():
         plain = name in (*ATTENTIONS, *MLPS) or name.startswith(router_child(""))
         leaf = isinstance(child, (nn.Dropout, nn.Identity, nn.Linear)) or "norm" in name
-        if not plain and not leaf and any(word in name for word in PARTS):
+        # Where no attention is named, a mixer of another kind takes its place: none is routed.
+        words = (*MIXING, *FEEDING) if _named(layer, ATTENTIONS) else FEEDING
+        if not plain and not leaf and any(word in name for word in words):
             return f"{kind} has another part {name!r}, which may belong to attention or MLP"
     return None
 
@@ -271,9 +274,16 @@ def attention_of(decoder: nn.Module, layer: nn.Module) -> nn.Module | None:
 
 
 def post_norm_of(decoder: nn.Module, layer: nn.Module, kind: str) -> nn.Module | None:
-    """The norm between a unit and the residual, in sandwich and post-norm families; else None."""
-    name = family_of(decoder).post_norms.get(kind)
-    return None if name is None else getattr(layer, name)
+    """The norm between a unit and the residual, in sandwich and post-norm families; else None.
+
+    A layer that has only some of these norms has them before its parts, as layers of other families
+    do: a model may mix both.
+    """
+    names = family_of(decoder).post_norms
+    if kind not in names or not all(hasattr(layer, name) for name in names.values()):
+        return None
+    norm: nn.Module = getattr(layer, names[kind])
+    return norm
 
 
 def input_norm_of(decoder: nn.Module, layer: nn.Module) -> nn.Module | None:
