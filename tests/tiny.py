@@ -106,6 +106,7 @@ _OWN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "olmoe": ("Olmoe", _NO_HEAD_DIM, {**_EXPERTS, "clip_qkv": 2.0}),
     "deepseek_v3": ("DeepseekV3", _NO_HEAD_DIM, _LATENT),
     "gpt_oss": ("GptOss", _SHAPE, {**_SLIDING, "num_local_experts": 4}),
+    "glm4": ("Glm4", _SHAPE, {"partial_rotary_factor": 0.5}),
 }
 """The start of the class names, the shape in the family's words, and what is its own."""
 

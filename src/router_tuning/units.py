@@ -73,6 +73,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": replace(SANDWICH, parts=True),
     "gemma3n_text": replace(SANDWICH, blocks=False),
     "gemma4_text": SANDWICH,
+    "glm4": Family(post_norms={"attn": "post_self_attn_layernorm", "mlp": "post_mlp_layernorm"}),
     "gpt2": Family(layers="h", modules={"attn": "attn", "mlp": "mlp"}, input_norm=("ln_1",)),
     "gpt_neox": Family(modules={"attn": "attention", "mlp": "mlp"}),
     "gpt_oss": Family(mlp_tuple=True),
