@@ -6,14 +6,22 @@ tests/test_laws_counts.py compares the cost with counted calls and with torch's 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from laws import Batch, Case, batch, over, routed_model, run
 from router_tuning import RoutingConfig, attach, record, replay
 from router_tuning.cost import Cost, cost, flops_fraction
-from router_tuning.errors import UnsupportedCallError
+from router_tuning.errors import UnsupportedCallError, UnsupportedModelError
+from router_tuning.layer_cost import LayerCost, layer_costs, linear_flops
+from router_tuning.units import decoder_of
 from tiny import tiny_model
 
 # A tiny Llama: hidden 32, four heads of 8, two key/value heads, MLP of 48, four layers.
@@ -133,3 +141,95 @@ def test_a_trace_that_does_not_know_the_beginning_is_refused() -> None:
         pass
     with pytest.raises(UnsupportedCallError, match="empty"):
         cost(model, empty)
+
+
+# What a layer costs
+
+
+def test_a_layer_by_hand() -> None:
+    mixtral, deepseek = (layer_costs(decoder_of(tiny_model(f)))[1] for f in MOE)
+    expert = 2 * (2 * 32 * 48 + 48 * 32)
+    gate = 2 * 4 * 32
+    assert mixtral == LayerCost(
+        key=KEY,
+        query=QUERY,
+        expand=0,
+        pair=PAIR,
+        mlp=2 * expert + gate,  # two of four experts
+        rest=0,
+        early=0,
+        key_bytes=KEY_BYTES,
+    )
+    assert deepseek == LayerCost(
+        key=2 * (32 * 12 + 12 * 4 * 10 + 32 * (10 + 4)),
+        query=2 * 4 * 8 * 32,
+        expand=2 * 10 * 4 * (6 + 8),
+        pair=2 * 4 * (10 + 8),
+        mlp=3 * expert // 2 + gate,  # experts of half the width: two, and a shared one
+        rest=0,
+        early=0,
+        key_bytes=(10 + 4) * 4,
+    )
+
+
+MOE = ("mixtral", "deepseek_v3")
+UNLISTED = ("Starcoder2", "Phi", "Glm4", "GPTBigCode")
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_families_found_by_their_structure_are_counted(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        attn_implementation="eager",
+        **({"head_dim": 8} if name == "Glm4" else {}),
+    )
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    given = batch(1, 9, padded=False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        cache = model(given.ids, use_cache=True).past_key_values
+    operators = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    attach(model, RoutingConfig(granularity="block_token"))
+    found = cost(model, run(model, given).trace)
+    prices = layer_costs(decoder_of(model))
+    linear = operators.get("aten.mm", 0) + operators.get("aten.addmm", 0)
+    assert found.dense_flops - sum(price.pair for price in prices) * 9 * 10 // 2 == linear
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert found.kv_bytes == found.dense_kv_bytes == held
+
+
+def test_adapters_on_linear_layers_count() -> None:
+    model = tiny_model()
+    lora = LoraConfig(r=3, target_modules=["q_proj", "k_proj", "up_proj"])
+    plain, adapted = (
+        layer_costs(decoder_of(m))[0] for m in (tiny_model(), get_peft_model(model, lora))
+    )
+    assert adapted.query - plain.query == 2 * 3 * (32 + 32)
+    assert adapted.key - plain.key == 2 * 3 * (32 + 16)
+    assert adapted.mlp - plain.mlp == 2 * 3 * (32 + 48)
+
+
+def test_counting_leaves_no_trace() -> None:
+    model = tiny_model(rms_norm_eps=1.5e-6)  # another model than those before: nothing remembered
+    before, state = {n: dict(m.__dict__) for n, m in model.named_modules()}, torch.get_rng_state()
+    layer_costs(decoder_of(model))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_cannot_be_counted_is_named() -> None:
+    experts = nn.Module()
+    experts.weight = nn.Parameter(torch.zeros(4, 3, 2))
+    with pytest.raises(UnsupportedModelError, match=r"how many experts .* wanted one of top_k"):
+        linear_flops(experts, config=None)
+    assert linear_flops(experts, config=SimpleNamespace(num_experts_per_tok=3)) == 3 * 2 * 6
+    model = tiny_model()
+    model.config.hidden_act = "no such activation"
+    with pytest.raises(UnsupportedModelError, match=r"of LlamaModel cannot .* does not run \(Key"):
+        layer_costs(decoder_of(model))

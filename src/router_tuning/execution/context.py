@@ -118,16 +118,7 @@ class ForwardContext:
     def read(self, unit: Unit, x_BTD: Tensor) -> Tensor:
         """What a unit's router reads of its input: a block's through the layer's first norm, and a
         raw residual (post-norm families) under an RMS norm without parameters.
-
-        Raises:
-            UnsupportedCallError: the unit is not given the forward's tokens.
         """
-        if x_BTD.shape[:2] != self.real_BT.shape:
-            raise UnsupportedCallError(
-                f"{unit.name} was called with {tuple(x_BTD.shape[:2])} of the forward's "
-                f"{tuple(self.real_BT.shape)} (rows, tokens), so what it decides has no place; "
-                "leave its layer out of `layers`"
-            )
         layer = decoder_layers(self.decoder)[unit.layer_idx]
         norm = input_norm_of(self.decoder, layer)
         if norm is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from router_tuning.decide import Decision, pool_prefix, pool_prompt
+from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.cache import PrefixLogits, PromptLogit, RoutedCacheLayer
 from router_tuning.execution.call import Decided
 from router_tuning.execution.context import ForwardContext
@@ -17,7 +18,17 @@ from router_tuning.units import Unit, is_sequence
 def decide(
     unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
 ) -> Decided:
-    """What a unit does in this forward; `layer` remembers what a sequence decision needs."""
+    """What a unit does in this forward; `layer` remembers what a sequence decision needs.
+
+    Raises:
+        UnsupportedCallError: the unit is not given the forward's tokens.
+    """
+    if x_BTD.shape[:2] != context.real_BT.shape:
+        raise UnsupportedCallError(
+            f"{unit.name} was called with {tuple(x_BTD.shape[:2])} of the forward's "
+            f"{tuple(context.real_BT.shape)} (rows, tokens), so what it decides has no place; "
+            "leave its layer out of `layers`"
+        )
     if context.decider is not None:
         keep_BT = context.decider(unit, context.read(unit, x_BTD), context) & context.real_BT
         return Decided(keep_BT, keep_BT.float() if context.masked else None, None)
