@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from laws import (
     CHUNKS,
@@ -320,18 +320,8 @@ def refused(model: Any, match: str, **options: Any) -> None:
 
 
 @some_cases
-@pytest.mark.parametrize("implementation", ["static", "offloaded", "offloaded_static"])
-def test_other_caches_are_refused(case: Case, implementation: str) -> None:
-    model = routed_model(case)
-    refused(model, "dynamic cache|static caches", cache_implementation=implementation)
-
-
-@some_cases
-def test_a_static_cache_object_is_refused_also_without_a_mask(case: Case) -> None:
-    model = routed_model(case)
-    cache = StaticCache(config=model.config, max_cache_len=32)
-    with torch.no_grad(), pytest.raises(UnsupportedCallError, match="StaticLayer"):
-        model(batch(2, 4, padded=False).ids, **over(cache))
+def test_an_offloaded_cache_is_refused(case: Case) -> None:
+    refused(routed_model(case), "offloaded cache", cache_implementation="offloaded")
 
 
 def test_a_routed_cache_cannot_go_on_dense() -> None:

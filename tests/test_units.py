@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ from torch import nn
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    OPTConfig,
-    OPTForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     SiglipVisionConfig,
 )
 
@@ -20,6 +19,7 @@ from laws import bare_model
 from router_tuning import RoutingConfig, attach, routing_of
 from router_tuning.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from router_tuning.execution.projections import check_parts
+from router_tuning.execution.trial import try_out
 from router_tuning.execution.visibility import sliding_window_of
 from router_tuning.routers import make_router
 from router_tuning.units import (
@@ -40,29 +40,51 @@ from tiny import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_has_its_attentions(family: str) -> None:
+def test_every_family_has_its_units(family: str) -> None:
     model = tiny_model(family)
     decoder = decoder_of(model)
     assert decoder is model.base_model
     assert decoder_of(decoder) is decoder
     assert hidden_size_of(model) == 32
-    units = find_units(model, RoutingConfig())
-    assert units == [Unit(f"layers.{i}.attn", "attn", i) for i in range(4)]
-    layers = decoder_layers(decoder)
-    for layer in layers:
+    for kind in KINDS:
+        units = find_units(model, RoutingConfig(granularity=f"{kind}_token"))
+        assert units == [Unit(f"layers.{i}.{kind}", kind, i) for i in range(4)]
+    for layer in decoder_layers(decoder):
         attention = attention_of(decoder, layer)
         assert attention is not None
-        assert attention.layer_idx == layers.index(layer)
-        assert "Attention" in type(attention).__name__
+        assert part_of(decoder, layer, "attn") is attention
+        assert part_of(decoder, layer, "block") is layer
         if family_of(decoder).parts:
             check_parts(attention)
-        assert re.search("MLP|Mo[eE]", type(part_of(decoder, layer, "mlp")).__name__)
-        post_norms = [post_norm_of(decoder, layer, kind) for kind in KINDS]
-        if family in ("gemma2", "gemma3", "olmo2"):
-            names = ("post_attention_layernorm", "post_feedforward_layernorm")
-            assert post_norms == [*(getattr(layer, name) for name in names), None]
-        else:
-            assert post_norms == [None] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_table_says_of_a_family_passes_the_trial(family: str, kind: str) -> None:
+    """Which norms stand behind a unit, and what it returns: what nobody has tested is tried so."""
+    model = tiny_model(family)
+    attach(model, RoutingConfig(granularity=f"{kind}_token"))
+    if kind == "block" and family_of(decoder_of(model)).layer_tuple:
+        with pytest.raises(UnsupportedModelError, match="say layer_tuple=True"):
+            try_out(decoder_of(model))
+    elif kind == "mlp" and family_of(decoder_of(model)).mlp_tuple:
+        with pytest.raises(UnsupportedModelError, match="say mlp_tuple=True"):
+            try_out(decoder_of(model))
+    else:
+        try_out(decoder_of(model))
+
+
+def test_post_norms_are_found() -> None:
+    def post_norms(family: str) -> list[nn.Module | None]:
+        decoder = decoder_of(tiny_model(family))
+        return [post_norm_of(decoder, decoder_layers(decoder)[0], kind) for kind in KINDS]
+
+    assert post_norms("llama") == [None] * 3
+    for family in ("gemma2", "gemma3", "olmo2"):
+        attention, mlp, block = post_norms(family)
+        assert attention is not None
+        assert mlp is not None
+        assert block is None
 
 
 def test_units_come_in_the_order_in_which_they_run() -> None:
@@ -123,11 +145,8 @@ def test_the_text_model_inside_a_multimodal_one_is_found() -> None:
 
 
 def test_an_unknown_family_is_named_with_the_known_ones() -> None:
-    config = OPTConfig(
-        hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=11
-    )
-    model = OPTForCausalLM(config)  # whose layers hold the parts of their MLPs themselves
-    with pytest.raises(UnsupportedModelError, match=r"'opt', .* doubt .* Known: cohere2, deepseek"):
+    model = MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=11))
+    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*Known: cohere2, .*Add a row"):
         attach(model, RoutingConfig())
     with pytest.raises(UnsupportedModelError, match="no unit table"):
         decoder_of(nn.Linear(2, 2))
@@ -155,9 +174,8 @@ def test_layers_are_taken_once_and_in_order() -> None:
 def test_a_layer_without_attention_is_named() -> None:
     model = tiny_model()
     del model.model.layers[2].self_attn
-    routable = [unit.layer_idx for unit in find_units(model, RoutingConfig())]
-    assert routable == [0, 1, 3]
-    with pytest.raises(UnsupportedModelError, match=r"layers.2.attn .* has no attention"):
+    assert [unit.layer_idx for unit in find_units(model, RoutingConfig())] == [0, 1, 3]
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2\.attn .*it has no attention"):
         find_units(model, RoutingConfig(layers=[1, 2]))
 
 

@@ -106,20 +106,76 @@ _OWN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "olmoe": ("Olmoe", _NO_HEAD_DIM, {**_EXPERTS, "clip_qkv": 2.0}),
     "deepseek_v3": ("DeepseekV3", _NO_HEAD_DIM, _LATENT),
     "gpt_oss": ("GptOss", _SHAPE, {**_SLIDING, "num_local_experts": 4}),
+    "glm4": ("Glm4", _SHAPE, {"partial_rotary_factor": 0.5}),
 }
 """The start of the class names, the shape in the family's words, and what is its own."""
 
+_SHARED_KEYS = {  # layers 4 and 5 read the keys of 2 and 3
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": SLIDING_WINDOW,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
+_LINEAR = {  # linear attention in every second layer
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_PARTLY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3n": (
+        "Gemma3n",
+        _SHAPE,
+        {
+            **_SHARED_KEYS,
+            "intermediate_size": [48] * 6,
+            "activation_sparsity_pattern": [0.5] + [0.0] * 5,
+            "laurel_rank": 4,
+        },
+    ),
+    "gemma4": ("Gemma4", _SHAPE, {**_SHARED_KEYS, "global_head_dim": 8}),
+    "qwen3_next": (
+        "Qwen3Next",
+        _SHAPE,
+        {**_EXPERTS, **_LINEAR, "shared_expert_intermediate_size": 24},
+    ),
+}
+"""Families of which some units cannot be routed."""
+
+_GPTJ = {**_GPT2, "rotary_dim": 4}
+_OPT = {**_SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+_FOUND: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "apertus": ("Apertus", _NO_HEAD_DIM, {}),
+    "cohere": ("Cohere", _NO_HEAD_DIM, {"logit_scale": 1.0}),
+    "ernie4_5": ("Ernie4_5", _SHAPE, {}),
+    "exaone4": ("Exaone4", _SHAPE, {**_SLIDING}),
+    "gemma": ("Gemma", _SHAPE, {}),
+    "gptj": ("GPTJ", _GPTJ, {}),
+    "nemotron": ("Nemotron", _SHAPE, {}),
+    "opt": ("OPT", _OPT, {}),
+    "olmo_hybrid": ("OlmoHybrid", _NO_HEAD_DIM, _LINEAR),
+    "phi": ("Phi", _NO_HEAD_DIM, {}),
+    "stablelm": ("StableLm", _NO_HEAD_DIM, {"use_parallel_residual": True}),
+    "starcoder2": ("Starcoder2", _NO_HEAD_DIM, {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
+}
+"""Families that are in no table, and are found by their structure."""
+
 
 def _make(family: str, **fields: Any) -> PreTrainedModel:
-    name, shape, own = _OWN[family]
-    config_name = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    name, shape, own = {**_OWN, **_PARTLY, **_FOUND}[family]
+    config_name = f"{name}TextConfig" if name in _INSIDE_OTHERS else f"{name}Config"
     config = getattr(transformers, config_name)(**{**shape, **own, **fields})
     model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
     made: PreTrainedModel = model(config)
     return made
 
 
+_INSIDE_OTHERS = ("Gemma3", "Gemma3n", "Gemma4")  # text models with a config of their own
 FAMILIES = tuple(_OWN)
+PARTLY, FOUND = tuple(_PARTLY), tuple(_FOUND)
 EAGER_ONLY = ("gemma2", "gpt_oss")  # soft caps and sinks, which SDPA has not
 
 

@@ -16,10 +16,13 @@ from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from router_tuning.config import RoutingConfig, check_budget, threshold_for
-from router_tuning.errors import ConfigError, UnsupportedCallError
+from router_tuning.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from router_tuning.execution.attention import carry_context, routed_attention
 from router_tuning.execution.block import routed_block
 from router_tuning.execution.cache import check_cache
@@ -39,16 +42,19 @@ from router_tuning.execution.handover import gate_post_norm, opened
 from router_tuning.execution.mlp import routed_mlp
 from router_tuning.execution.projections import check_parts
 from router_tuning.execution.prompts import asks_for_prompts, label_starts, prompt_of
+from router_tuning.execution.trial import try_out
 from router_tuning.routers import make_router
 from router_tuning.units import (
     KINDS,
     Unit,
     attention_of,
+    cache_argument,
     decoder_layers,
     decoder_of,
     family_of,
     find_units,
     hidden_size_of,
+    is_found,
     kinds_of,
     part_of,
     post_norm_of,
@@ -76,6 +82,8 @@ CONTINUOUS = (
 
 KEYWORDS = ("budget", "prompt_lengths")
 """What a call of a routed model may say beside the model's own arguments."""
+PREPARE = "prepare_inputs_for_generation"
+"""The method of a causal LM that makes the arguments of `generate`'s forwards."""
 
 
 def attach(model: nn.Module, config: RoutingConfig) -> None:
@@ -95,7 +103,11 @@ def attach(model: nn.Module, config: RoutingConfig) -> None:
         device = next(layer.parameters()).device
         router = make_router(config, hidden_size_of(model), device)
         layer.add_module(router_child(unit.kind), router)
-    install(model, config)
+    try:
+        install(model, config)
+    except UnsupportedModelError:
+        detach(model)
+        raise
 
 
 def detach(model: nn.Module) -> None:
@@ -109,6 +121,7 @@ def detach(model: nn.Module) -> None:
 
 def install(model: nn.Module, config: RoutingConfig) -> None:
     """Route a model whose layers have their routers (see router_child) already."""
+    _keep_out_of_compiled_code()
     decoder = decoder_of(model)
     layers = decoder_layers(decoder)
     units = _checked_units(model, config)
@@ -136,9 +149,17 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
         _replace(causal, "forward", _accept_keywords(causal_class))
         if hasattr(causal_class, "generate"):
             _replace(causal, "generate", _tell_prompt(causal_class))
+        if hasattr(causal_class, PREPARE):
+            _replace(causal, PREPARE, _with_the_padding(causal_class))
         for name in CONTINUOUS:
             if hasattr(causal_class, name):
                 _replace(causal, name, _unless_routed(causal_class, name))
+    if is_found(decoder):
+        try:
+            try_out(decoder)
+        except UnsupportedModelError:
+            uninstall(model)
+            raise
 
 
 def _checked_units(model: nn.Module, config: RoutingConfig) -> tuple[Unit, ...]:
@@ -167,7 +188,7 @@ def uninstall(model: nn.Module) -> None:
         module.__dict__.pop("skip_unit", None)
         module.__dict__.pop("skip_followed_by", None)
         _restore(module, "forward")
-    for name in ("generate", *CONTINUOUS):
+    for name in ("generate", PREPARE, *CONTINUOUS):
         _restore(causal, name)
 
 
@@ -231,7 +252,11 @@ def _enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kwargs = _without_cache(given, kwargs)
         cache = None
     elif _fills_a_cache(decoder, given):
-        check_cache(cache, routing.cached_layers())
+        check_cache(cache, routing.cached_layers(len(decoder_layers(decoder))))
+        if cache is None and routing.remembers_for_mlps():
+            # The decoder would make one that MLPs are not called with.
+            cache = DynamicCache(config=decoder.config)  # type: ignore[arg-type]
+            args, kwargs = (), {**given, cache_argument(decoder): cache}
         position_ids = None  # transformers tells packed texts apart only where no cache is filled
     context = open_forward(
         decoder,
@@ -246,6 +271,10 @@ def _enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     )
     lengths = ours.get("prompt_lengths")
     context.prompt_BT = prompt_of(context, routing, options.prompt_end, lengths, given_ids)
+    if "logits_to_keep" in _positional_names(type(decoder), "forward"):  # type: ignore[arg-type]
+        # Some decoders run their last layers on the tokens that logits are wanted of, and no
+        # others; a unit needs to see all. The causal LM picks the tokens again.
+        kwargs["logits_to_keep"] = 0
     if family_of(decoder).keywords:
         kwargs[CONTEXT_KEY] = context
     elif context.masked and _checkpoints_activations(decoder):
@@ -254,11 +283,26 @@ def _enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
             "their units decided; switch it off to train routers on this family"
         )
     with opened(context):
-        output = dense_forward(*args, **kwargs)
+        run = dense_forward if context.masked else functools.partial(_uncompiled, dense_forward)
+        output = run(*args, **kwargs)
     # Appended when it is complete: an interrupted forward leaves no half record.
     if options.trace is not None:
         options.trace.forwards.append(context.record)
     return output
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a forward as it is also inside compiled code: what is skipped changes every shape."""
+    return forward(*args, **kwargs)
+
+
+@functools.cache
+def _keep_out_of_compiled_code() -> None:
+    """Tell the compiler to run this package's functions as they are, and to compile the modules
+    that they call: contexts, records and numbers of kept tokens are no part of a graph.
+    """
+    torch._dynamo.trace_rules.add("router_tuning")
 
 
 def _checkpoints_activations(decoder: nn.Module) -> bool:
@@ -388,6 +432,26 @@ def _check_prompt_is_whole(causal: Any, given: dict[str, Any]) -> None:
                 f'{name}={value} {why}, but with pooling="prompt" one prompt decides, as a whole; '
                 f'leave {name} unset, or use an adapter with pooling="prefix"'
             )
+
+
+@functools.cache
+def _with_the_padding(causal_class: type) -> Callable[..., Any]:
+    """The preparation of `generate`'s forwards, which leaves the padding mask as it came: for
+    static caches it is made a 4-D one, which does not tell where the padding is.
+    """
+
+    def prepare(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inputs = original_method(causal, PREPARE)(*args, **kwargs)
+        decoder = decoder_of(causal)
+        routing = decoder.__dict__.get("routing")
+        mask = kwargs.get("attention_mask")
+        if routing is None or not routing.enabled or options_for(decoder).dense:
+            return inputs
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            inputs["attention_mask"] = mask
+        return inputs
+
+    return functools.update_wrapper(prepare, getattr(causal_class, PREPARE))
 
 
 @functools.cache

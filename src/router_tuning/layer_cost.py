@@ -21,8 +21,8 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from router_tuning.errors import UnsupportedModelError
-from router_tuning.execution.call import CACHES
 from router_tuning.units import (
+    CACHES,
     KINDS,
     Family,
     attention_of,

@@ -62,17 +62,11 @@ class Trace:
         """The decisions of consecutive forwards over one batch: unit name -> bool (B, C). Can be
         replayed.
         """
-        return {
-            name: self._columns([f.units[name].keep_BT for f in self.forwards])
-            for name in self.unit_names
-        }
+        return self._of_units("keep_BT")
 
     def logits(self) -> dict[str, Tensor]:
         """The deciding logits, over columns: unit name -> fp32 (B, C)."""
-        return {
-            name: self._columns([f.units[name].logits_BT for f in self.forwards])
-            for name in self.unit_names
-        }
+        return self._of_units("logits_BT")
 
     def real(self) -> Tensor:
         """False at padding: (B, C)."""
@@ -94,17 +88,28 @@ class Trace:
     def kept_per_unit(self) -> dict[str, float]:
         """Fraction of real tokens for which each routed unit ran."""
         self._check()
-        real = sum(int(f.real_BT.sum()) for f in self.forwards)
-        return {
-            name: sum(int(f.units[name].keep_BT.sum()) for f in self.forwards) / max(real, 1)
-            for name in self.unit_names
-        }
+        real = [int(f.real_BT.sum()) for f in self.forwards]
+
+        def fraction(name: str) -> float:
+            # An assistant that leaves early does not come to the units of later layers.
+            ran = [(f, n) for f, n in zip(self.forwards, real, strict=True) if name in f.units]
+            kept = sum(int(f.units[name].keep_BT.sum()) for f, _ in ran)
+            return kept / max(sum(n for _, n in ran), 1)
+
+        return {name: fraction(name) for name in self.unit_names}
 
     def _check(self) -> None:
         if not self.forwards:
             raise UnsupportedCallError(
                 "nothing was recorded: no forward ran inside the block, or the routers were off"
             )
+
+    def _of_units(self, field: str) -> dict[str, Tensor]:
+        self.real()  # raises where the forwards have no columns in common
+        return {
+            name: self._columns([getattr(f.units[name], field) for f in self.forwards])
+            for name in self.unit_names
+        }
 
     def _columns(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Put one tensor a forward (B, T) side by side, each at its columns."""

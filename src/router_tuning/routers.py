@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from router_tuning.config import RoutingConfig
 
@@ -78,9 +79,11 @@ def input_weight(router: Router) -> nn.Parameter | None:
 
 
 def _in_fp32(score: nn.Module, x_BTD: Tensor) -> Tensor:
+    # A model that is cast as a whole takes its routers along.
+    lower = {n: p.float() for n, p in score.named_parameters() if p.dtype != torch.float32}
     # Autocast would take the fp32 product back to bf16.
     with torch.autocast(x_BTD.device.type, enabled=False):
-        return score(x_BTD.float()).squeeze(-1)
+        return functional_call(score, lower, x_BTD.float()).squeeze(-1)
 
 
 _BUILDERS: dict[str, Callable[[RoutingConfig, int], Router]] = {

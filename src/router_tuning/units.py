@@ -8,17 +8,21 @@ family") has the steps.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from router_tuning.config import RoutingConfig
 from router_tuning.errors import ConfigError, UnsupportedModelError
 
 KINDS = ("attn", "mlp", "block")
 """Kinds of units, in the order in which a decoder layer runs them."""
+ADD_A_ROW = 'Add a row to FAMILIES in units.py, see CONTRIBUTING "A new model family".'
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": replace(SANDWICH, parts=True),
     "gemma3n_text": replace(SANDWICH, blocks=False),
     "gemma4_text": SANDWICH,
+    "glm4": Family(post_norms={"attn": "post_self_attn_layernorm", "mlp": "post_mlp_layernorm"}),
     "gpt2": Family(layers="h", modules={"attn": "attn", "mlp": "mlp"}, input_norm=("ln_1",)),
     "gpt_neox": Family(modules={"attn": "attention", "mlp": "mlp"}),
     "gpt_oss": Family(mlp_tuple=True),
@@ -89,13 +94,22 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Unit:
-    """One routed unit: its name ("layers.3.attn"), its kind ("attn" or "mlp") and its decoder
-    layer's index.
+    """One routed unit: its name ("layers.3.attn"), its kind ("attn", "mlp" or "block") and its
+    decoder layer's index.
     """
 
     name: str
     kind: str
     layer_idx: int
+    elsewhere: int | None = None
+    """The layer in whose part of the cache a sequence decision is remembered, where the unit's own
+    layer has no plain one.
+    """
+
+    @property
+    def memory(self) -> int:
+        """The layer in whose part of the cache a sequence decision is remembered."""
+        return self.layer_idx if self.elsewhere is None else self.elsewhere
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -116,10 +130,11 @@ def decoder_of(model: nn.Module) -> nn.Module:
         for module in whole.modules():
             if known(module) is not None:
                 return module
+    doubts = [why for module in whole.modules() if isinstance(why := _structure(module), str)]
+    doubt = doubts[0] if doubts else "it has no list of decoder layers that its config counts"
     raise UnsupportedModelError(
         f"no unit table for model_type {_model_type(whole)!r}, and its structure leaves doubt "
-        f"where attention and MLP are. Known: {', '.join(sorted(FAMILIES))}. "
-        f'Add a row to FAMILIES in units.py, see CONTRIBUTING "A new model family".'
+        f"where attention and MLP are: {doubt}. Known: {', '.join(sorted(FAMILIES))}. {ADD_A_ROW}"
     )
 
 
@@ -137,58 +152,104 @@ def _known_family(module: nn.Module) -> Family | None:
     return family
 
 
+_found: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
+# Reading a structure takes a walk over all layers, and families are asked for at every unit.
+
+
+def is_found(decoder: nn.Module) -> bool:
+    """Whether the family of a decoder was found by its structure, so that nobody has tested it."""
+    return _known_family(decoder) is None
+
+
 def _found_family(module: nn.Module) -> Family | None:
-    """A family by structure: one list of layers, of which each has one attention and one MLP."""
-    config = getattr(module, "config", None)
-    if config is None or getattr(config, "is_encoder_decoder", False):
-        return None
-    if _model_type(module) in FAMILIES:
-        return None
-    number = getattr(config, "num_hidden_layers", None)
-    lists = [
-        (name, child)
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == number
-    ]
-    if len(lists) != 1 or not number:
-        return None
-    name, layers = lists[0]
-    shapes = {_layer_shape(layer) for layer in layers}
-    if len(shapes) != 1 or None in shapes:
-        return None
-    attention, mlp, norm, post_norms = shapes.pop()  # type: ignore[misc]
-    return Family(
-        layers=name,
-        modules={"attn": attention, "mlp": mlp},
-        input_norm=(norm,) if norm else (),
-        post_norms=dict(post_norms),
-        keywords=False,
-    )
+    """A family by structure: one list of layers, of which each has at most one attention and MLP,
+    under names that leave no doubt.
+    """
+    if module not in _found:
+        family = _structure(module)
+        if not isinstance(family, Family):
+            return None
+        _found[module] = family
+    return _found[module]
 
 
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-INPUT_NORMS = ("input_layernorm", "ln_1", "norm1", "attention_norm", "attn_norm", "ln_attn")
+INPUT_NORMS = (
+    *("input_layernorm", "attention_layernorm", "self_attn_layer_norm", "ln_1", "ln_attn"),
+    *("norm1", "attention_norm", "attn_norm"),
+)
 
-Shape = tuple[str, str, str | None, tuple[tuple[str, str], ...]]
+MIXING = ("attn", "attention", "mixer", "conv")
+FEEDING = ("mlp", "ffn", "feed_forward", "moe", "expert")
+"""Parts of names that tell of an attention, and of an MLP."""
 
 
-def _layer_shape(layer: nn.Module) -> Shape | None:
-    """Names of attention, MLP, input norm and post-norms of a layer; None where they are not
-    plain.
+def _structure(module: nn.Module) -> Family | str | None:
+    """The family of a module by its structure, or what leaves doubt; None where it has no layers
+    with attention.
     """
-    children = [name for name, _ in layer.named_children()]
-    attentions = [name for name in children if name in ATTENTIONS]
-    mlps = [name for name in children if name in MLPS]
-    norms = [name for name in children if name in INPUT_NORMS]
-    others = [n for n in children if "attn" in n or "attention" in n or "mixer" in n]
-    posts = tuple(POST_NORMS.items()) if POST_NORMS["mlp"] in children else ()
-    unclear = [n for n in others if n not in attentions and "norm" not in n and "dropout" not in n]
-    if len(attentions) != 1 or len(mlps) != 1 or len(norms) > 1 or unclear:
+    config = getattr(module, "config", None)
+    number = getattr(config, "num_hidden_layers", None)
+    lists = [
+        (name, list(child))
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and any(_named(x, ATTENTIONS) for x in child)
+    ]
+    if _model_type(module) in FAMILIES or not lists:
         return None
-    if not norms and not posts:
-        return None
-    return attentions[0], mlps[0], norms[0] if norms else None, posts
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder, whose layers attend to a second sequence"
+    if "input_ids" not in inspect.signature(type(module).forward).parameters:
+        return f"the layers are in {type(module).__name__}, which takes no input_ids"
+    if len(lists) > 1 or len(lists[0][1]) != number:
+        counts = ", ".join(f"{len(layers)} {name}" for name, layers in lists)
+        return f"its config counts {number} layers, and it has {counts}"
+    name, layers = lists[0]
+    doubt = next((why for layer in layers if (why := _doubt(layer)) is not None), None)
+    return doubt or _family(name, layers)
+
+
+def _named(layer: nn.Module, names: Sequence[str]) -> list[str]:
+    """The children of a layer that have one of these names."""
+    return [name for name, _ in layer.named_children() if name in names]
+
+
+def _doubt(layer: nn.Module) -> str | None:
+    """What is not plain about a layer; None if all is."""
+    kind = type(layer).__name__
+    for what, names in (("attention", ATTENTIONS), ("MLP", MLPS), ("input norm", INPUT_NORMS)):
+        found = _named(layer, names)
+        if len(found) > 1:
+            return f"{kind} has more than one {what} ({', '.join(found)})"
+    for name, child in layer.named_children():
+        plain = name in (*ATTENTIONS, *MLPS) or name.startswith(router_child(""))
+        leaf = isinstance(child, (nn.Dropout, nn.Identity, nn.Linear)) or "norm" in name
+        # Where no attention is named, a mixer of another kind takes its place: none is routed.
+        words = (*MIXING, *FEEDING) if _named(layer, ATTENTIONS) else FEEDING
+        if not plain and not leaf and any(word in name for word in words):
+            return f"{kind} has another part {name!r}, which may belong to attention or MLP"
+    return None
+
+
+def _family(name: str, layers: list[nn.Module]) -> Family | str:
+    """The family of plain layers; they may differ in which of the parts they have."""
+    kinds = {"attn": ATTENTIONS, "mlp": MLPS}
+    found = {
+        kind: sorted({n for layer in layers for n in _named(layer, names)})
+        for kind, names in kinds.items()
+    }
+    if any(len(names) > 1 for names in found.values()):
+        return f"its layers name their parts differently ({found})"
+    attending = next(layer for layer in layers if _named(layer, ATTENTIONS))
+    posts = _named(attending, tuple(POST_NORMS.values()))
+    return Family(
+        layers=name,
+        modules={kind: names[0] if names else f"no {kind}" for kind, names in found.items()},
+        input_norm=tuple({n for layer in layers for n in _named(layer, INPUT_NORMS)}),
+        post_norms=POST_NORMS if len(posts) == len(POST_NORMS) else {},
+        keywords=False,
+    )
 
 
 def _model_type(module: nn.Module) -> str | None:
@@ -214,9 +275,16 @@ def attention_of(decoder: nn.Module, layer: nn.Module) -> nn.Module | None:
 
 
 def post_norm_of(decoder: nn.Module, layer: nn.Module, kind: str) -> nn.Module | None:
-    """The norm between a unit and the residual, in sandwich and post-norm families; else None."""
-    name = family_of(decoder).post_norms.get(kind)
-    return None if name is None else getattr(layer, name)
+    """The norm between a unit and the residual, in sandwich and post-norm families; else None.
+
+    A layer that has only some of these norms has them before its parts, as layers of other families
+    do: a model may mix both.
+    """
+    names = family_of(decoder).post_norms
+    if kind not in names or not all(hasattr(layer, name) for name in names.values()):
+        return None
+    norm: nn.Module = getattr(layer, names[kind])
+    return norm
 
 
 def input_norm_of(decoder: nn.Module, layer: nn.Module) -> nn.Module | None:
@@ -282,31 +350,50 @@ def find_units(model: nn.Module, config: RoutingConfig) -> list[Unit]:
 
 
 def _units(decoder: nn.Module, wanted: range | list[int], config: RoutingConfig) -> Iterator[Unit]:
-    layers = decoder_layers(decoder)
+    layers, plain = decoder_layers(decoder), plain_cache_layers(decoder)
     refused: dict[str, str] = {}
     found = False
     for index in wanted:
-        for kind in kinds_of(config):
+        memory = min(plain, key=lambda i: (abs(i - index), i), default=None)
+        for granularity in sorted(config.granularities, key=lambda g: KINDS.index(kind_of(g))):
+            kind = kind_of(granularity)
             why = unroutable(decoder, layers[index], kind)
+            if why is None and is_sequence(granularity) and memory is None:
+                why = "finds no plain keys and values in the cache, beside which to remember"
             if why is None:
                 found = True
-                yield Unit(f"layers.{index}.{kind}", kind, index)
+                elsewhere = None if index in plain else memory
+                yield Unit(f"layers.{index}.{kind}", kind, index, elsewhere)
             else:
                 refused[f"layers.{index}.{kind}"] = why
     if refused and (config.layers is not None or not found):
         name, why = next(iter(refused.items()))
+        others = ", ".join([*list(refused)[1:6], *(["..."] if len(refused) > 6 else [])])
         raise UnsupportedModelError(
-            f"{name} cannot be routed: it {why} (so do {len(refused) - 1} more: "
-            f"{', '.join(list(refused)[1:6]) or 'none'}); leave these layers out of `layers`, or "
-            f"route another kind of unit"
+            f"{name} cannot be routed: it {why}"
+            + (f" (nor can {others})" if others else "")
+            + "; leave what cannot be routed out of `layers`, or route another kind of unit"
+            + (f". The family was found by its structure. {ADD_A_ROW}" if is_found(decoder) else "")
         )
 
 
 def unroutable(decoder: nn.Module, layer: nn.Module, kind: str) -> str | None:
     """Why a unit of this kind cannot be routed in a layer, as what "it" does; None where it can."""
-    if kind == "mlp":
-        has = hasattr(layer, family_of(decoder).modules["mlp"])
-        return None if has else "has no MLP of its own"
+    if not isinstance(layer, nn.Module):  # dropped by PEFT or by hand
+        return "is no module"
+    has = kind == "block" or hasattr(layer, family_of(decoder).modules[kind])
+    if kind != "mlp":
+        why = _unroutable_attention(decoder, layer)
+        if why is not None:
+            return why
+    if not has:
+        return "has no MLP of its own"
+    if kind == "block" and not family_of(decoder).blocks:
+        return "works on several streams of hidden states at once"
+    return _odd_arguments(part_of(decoder, layer, kind), kind) if is_found(decoder) else None
+
+
+def _unroutable_attention(decoder: nn.Module, layer: nn.Module) -> str | None:
     attention = attention_of(decoder, layer)
     if attention is None:
         return f"has no attention ({type(layer).__name__} mixes its tokens in another way)"
@@ -316,6 +403,52 @@ def unroutable(decoder: nn.Module, layer: nn.Module, kind: str) -> str | None:
         return "stores keys that other layers read"
     if getattr(getattr(decoder, "config", None), "alibi", False):
         return "tells positions by ALiBi, whose biases are not made for kept tokens"
-    if kind == "block" and not family_of(decoder).blocks:
-        return "works on several streams of hidden states at once"
+    if not getattr(attention, "is_causal", True):
+        return "attends to later tokens"
+    index = decoder_layers(decoder).index(layer)
+    if index not in plain_cache_layers(decoder):
+        return "keeps more in the cache than keys and values, or nothing"
+    return _odd_arguments(attention, "attn") if is_found(decoder) else None
+
+
+def plain_cache_layers(decoder: nn.Module) -> set[int]:
+    """The layers whose part of the model's cache is plainly keys and values."""
+    layers = DynamicCache(config=decoder.config).layers  # type: ignore[arg-type]
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not layers:  # one plain layer after the other, as they come
+        return set(range(len(decoder_layers(decoder))))
+    return {index for index, layer in enumerate(layers) if type(layer) in plain}
+
+
+CACHES = ("cache", "past_key_values", "layer_past")
+"""What attentions and layers call their cache; since transformers 5.24 most say the first."""
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a module's forward calls its cache."""
+    names = inspect.signature(type(module).forward).parameters
+    return next((name for name in CACHES if name in names), CACHES[0])
+
+
+ARGUMENTS = {
+    *CACHES,
+    *("attention_mask", "position_embeddings", "position_ids", "cache_position"),
+    *("use_cache", "output_attentions"),
+    # A decoder that reads one sequence gives none of these.
+    *("encoder_hidden_states", "encoder_attention_mask", "key_value_states"),
+}
+"""Arguments of attentions and layers that can be given for some tokens only."""
+
+
+def _odd_arguments(part: nn.Module, kind: str) -> str | None:
+    """What in the signature of a unit nobody has tested leaves doubt; None if nothing does."""
+    parameters = list(inspect.signature(type(part).forward).parameters.values())[2:]
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    odd = names if kind == "mlp" else [name for name in names if name not in ARGUMENTS]
+    if odd:
+        return (
+            f"takes {odd[0]!r}, of which {type(part).__name__} may need more than the kept tokens'"
+        )
+    if kind != "mlp" and not any(name in CACHES for name in names):
+        return f"takes no cache ({type(part).__name__})"
     return None

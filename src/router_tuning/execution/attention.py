@@ -24,11 +24,11 @@ from router_tuning.units import Unit, family_of, first_of, is_sequence
 def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for a routed attention's forward; without a context it is the dense forward."""
     context = handed_in(kwargs)
-    call = UnitCall.read(attention, args, kwargs)
-    hand_over(attention, context, call.cache)
+    hand_over(attention, context)
     dense_forward = original_forward(attention)
     if context is None:
         return dense_forward(*args, **kwargs)
+    call = UnitCall.read(attention, args, kwargs)
     check_packed(call.mask, context)
     unit: Unit = attention.__dict__["skip_unit"]
     if context.masked:
@@ -48,8 +48,7 @@ def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def carry_context(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for an unrouted attention's forward: attention kernels must not see the context."""
-    context = handed_in(kwargs)
-    hand_over(attention, context, UnitCall.read(attention, args, kwargs).cache)
+    hand_over(attention, handed_in(kwargs))
     return original_forward(attention)(*args, **kwargs)
 
 
@@ -57,7 +56,8 @@ def cache_layer(cache: Any, unit: Unit, context: ForwardContext) -> RoutedCacheL
     """The routed cache layer of a unit, where the policy or the granularity needs one."""
     if cache is None:
         return None
-    if context.config.kv == "kept" or is_sequence(context.granularity(unit)):
-        return touch(cache, unit.layer_idx)
-    check_layer(cache, unit.layer_idx)
+    every_key = context.config.kv == "all"
+    if not every_key or is_sequence(context.granularity(unit)):
+        return touch(cache, unit.layer_idx, every_key=every_key)
+    check_layer(cache, unit.layer_idx, every_key=every_key)
     return None

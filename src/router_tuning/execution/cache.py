@@ -12,7 +12,7 @@ Shapes: B batch, H key/value heads, S slots, N tokens written, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from router_tuning.decide import PrefixSums
@@ -30,6 +32,9 @@ from router_tuning.errors import UnsupportedCallError
 # Tokens that a cache with kv_window can be cropped by: the ring keeps this many expired keys.
 CROP_SLACK = 64
 GROWTH = 64
+
+GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
+FIXED = (StaticLayer, StaticSlidingWindowLayer)  # have a place for every token, kept or not
 
 
 class KeptKeys:
@@ -273,7 +278,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Typed loosely: the base class of transformers' layers does not name all they share.
         self.inner = inner
         self.store: KeptKeys | None = None
-        self.prefixes: dict[str, PrefixLogits] = {}  # by kind of unit
+        self.prefixes: dict[str, PrefixLogits] = {}  # by unit's name
         self.prompts: dict[str, PromptLogit] = {}
 
     @property
@@ -376,7 +381,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for prefix in self.prefixes.values():
             prefix.crop(length)
         # Of a part of a prompt nothing is known, also not in rows whose prompts are shorter.
-        self.prompts = {kind: p for kind, p in self.prompts.items() if p.outlives(length)}
+        self.prompts = {name: p for name, p in self.prompts.items() if p.outlives(length)}
 
     def reset(self) -> None:
         _empty(self.inner)
@@ -418,14 +423,13 @@ def _empty(layer: Any) -> None:
     layer.is_initialized = False
 
 
-def touch(cache: object, layer_idx: int) -> RoutedCacheLayer:
+def touch(cache: object, layer_idx: int, *, every_key: bool = False) -> RoutedCacheLayer:
     """The routed layer of a cache, put in the place of the ordinary one on first touch.
 
     Raises:
-        UnsupportedCallError: a cache whose layers cannot be routed (static, offloaded, quantised,
-            paged).
+        UnsupportedCallError: a cache whose layers cannot be routed (see check_layer).
     """
-    layer = check_layer(cache, layer_idx)
+    layer = check_layer(cache, layer_idx, every_key=every_key)
     if isinstance(layer, RoutedCacheLayer):
         return layer
     routed = RoutedCacheLayer(layer)
@@ -433,18 +437,22 @@ def touch(cache: object, layer_idx: int) -> RoutedCacheLayer:
     return routed
 
 
-def check_cache(cache: object, layers: Iterable[int]) -> None:
+def check_cache(cache: object, layers: Mapping[int, bool]) -> None:
     """Refuse a cache whose routed layers routing cannot serve, before anything is read from it.
 
+    Args:
+        layers: whether each of these layers has to hold the key of every token.
+
     Raises:
-        UnsupportedCallError: paged, static, offloaded, quantised, or no cache of transformers.
+        UnsupportedCallError: paged, offloaded, quantised, static where only kept keys are held, or
+            no cache of transformers.
     """
     if cache is not None:
-        for layer_idx in layers:
-            check_layer(cache, layer_idx)
+        for layer_idx, every_key in layers.items():
+            check_layer(cache, layer_idx, every_key=every_key)
 
 
-def check_layer(cache: object, layer_idx: int) -> Any:
+def check_layer(cache: object, layer_idx: int, *, every_key: bool = False) -> Any:
     """The layer of a cache, or an error that says what to use instead."""
     if not isinstance(cache, Cache) or cache.offloading:
         kind = "an offloaded cache" if isinstance(cache, Cache) else f"a {type(cache).__name__}"
@@ -455,10 +463,12 @@ def check_layer(cache: object, layer_idx: int) -> Any:
     while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, RoutedCacheLayer):
+    serving = layer.inner if isinstance(layer, RoutedCacheLayer) else layer
+    if type(serving) not in ((*GROWING, *FIXED) if every_key else GROWING):
+        why = 'kv="kept" leaves keys out, and a static layer has a place for each; '
         raise UnsupportedCallError(
-            f"routing cannot serve a cache layer of type {type(layer).__name__} (layer "
-            f"{layer_idx}); "
+            f"routing cannot serve a cache layer of type {type(serving).__name__} (layer "
+            f"{layer_idx}); {why if type(serving) in FIXED else ''}"
             "use the default dynamic cache: leave cache_implementation unset, or pass "
             "DynamicCache(config=...)"
         )

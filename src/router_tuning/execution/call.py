@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.context import ForwardContext
 from router_tuning.record import UnitRecord
+from router_tuning.units import CACHES
 
 MASK = "attention_mask"
-CACHES = ("cache", "past_key_values", "layer_past")
-"""What attentions and layers call their cache; since transformers 5.24 most say the first."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class UnitCall:
         """A call on some tokens only: (R, L) places, of which all rows have equally many.
 
         Whatever has the shape (B or 1, T, ...) is taken to belong to the tokens.
+
+        Raises:
+            UnsupportedCallError: an argument of another shape, of which no part can be given.
         """
         batch, length = self.x_BTD.shape[:2]
 
@@ -74,7 +77,11 @@ class UnitCall:
             if not isinstance(value, Tensor) or value.ndim < 2:
                 return value
             if value.shape[1] != length or value.shape[0] not in (1, batch):
-                return value
+                raise UnsupportedCallError(
+                    f"a unit was called with a tensor {tuple(value.shape)} beside its hidden "
+                    f"states {tuple(self.x_BTD.shape)}; it is not by tokens, so the unit cannot be "
+                    "run on its kept tokens alone: route another kind of unit"
+                )
             return value[row_RL if value.shape[0] == batch else row_RL * 0, token_RL]
 
         taken = {name: pick(value) for name, value in self.kwargs.items() if name != MASK}

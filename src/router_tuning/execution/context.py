@@ -53,14 +53,22 @@ class Routing:
     num_units_of_kind: int
     enabled: bool = True
 
-    def cached_layers(self) -> set[int]:
-        """The layers whose keys or decisions a cache has to hold for the units."""
+    def cached_layers(self, num_layers: int) -> dict[int, bool]:
+        """The layers, of those that run, whose keys or decisions a cache has to hold for the units,
+        and whether it holds the keys of skipped tokens too.
+        """
         config = self.config
-        return {
-            unit.layer_idx
-            for unit in self.units
-            if unit.kind != "mlp" or is_sequence(granularity_of(config, unit))
-        }
+        attending = {unit.layer_idx for unit in self.units if unit.kind != "mlp"}
+        deciding = {u.memory for u in self.units if is_sequence(granularity_of(config, u))}
+        every = config.kv == "all"
+        layers = sorted(index for index in attending | deciding if index < num_layers)
+        return {index: every or index not in attending for index in layers}
+
+    def remembers_for_mlps(self) -> bool:
+        """Whether a decision of an MLP has to last from one forward to the next."""
+        return any(
+            u.kind == "mlp" and is_sequence(granularity_of(self.config, u)) for u in self.units
+        )
 
 
 @dataclass
@@ -110,7 +118,16 @@ class ForwardContext:
     def read(self, unit: Unit, x_BTD: Tensor) -> Tensor:
         """What a unit's router reads of its input: a block's through the layer's first norm, and a
         raw residual (post-norm families) under an RMS norm without parameters.
+
+        Raises:
+            UnsupportedCallError: the unit is not given the forward's tokens.
         """
+        if x_BTD.shape[:2] != self.real_BT.shape:
+            raise UnsupportedCallError(
+                f"{unit.name} was called with {tuple(x_BTD.shape[:2])} of the forward's "
+                f"{tuple(self.real_BT.shape)} (rows, tokens), so what it decides has no place; "
+                "leave its layer out of `layers`"
+            )
         layer = decoder_layers(self.decoder)[unit.layer_idx]
         norm = input_norm_of(self.decoder, layer)
         if norm is None:
@@ -409,8 +426,8 @@ def _padding(
         kind = f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedCallError(
             f"routing needs the 2-D padding mask (batch, tokens) or none, got a {kind} mask; leave "
-            "attention_mask 2-D (static caches and custom masks are not supported while routing "
-            "is on)"
+            "attention_mask 2-D, as generate() does over any cache (custom masks are not supported "
+            "while routing is on)"
         )
     if mask.shape != (batch, start + length):
         raise UnsupportedCallError(

@@ -50,9 +50,9 @@ def _by_prefix(
     """The first tokens of a sequence run, and decide for its later ones."""
     logits_BT = context.router(unit)(context.read(unit, x_BTD))
     after = context.config.decide_after
-    prefix = None if layer is None else layer.prefixes.get(unit.kind)
+    prefix = None if layer is None else layer.prefixes.get(unit.name)
     if layer is not None and prefix is None:
-        prefix = layer.prefixes[unit.kind] = PrefixLogits(context.rows, after, x_BTD.device)
+        prefix = layer.prefixes[unit.name] = PrefixLogits(context.rows, after, x_BTD.device)
     past = None if prefix is None else prefix.sums()
     decision = pool_prefix(
         logits_BT, context.position_BT, context.real_BT, after, past, context.sequence_BT
@@ -69,11 +69,11 @@ def _by_prompt(
     """The prompt decides for itself and for all that follows; the router sees nothing else."""
     if context.prompt_BT is None:
         assert layer is not None, "the door lets no forward pass that neither knows nor remembers"
-        logit_B = layer.prompts[unit.kind].logit_B
+        logit_B = layer.prompts[unit.name].logit_B
     else:
         prompt_1ND = x_BTD[context.prompt_BT][None]
         logits_N = context.router(unit)(context.read(unit, prompt_1ND))[0]
         logit_B = pool_prompt(logits_N, context.prompt_BT)
         if layer is not None:
-            layer.prompts[unit.kind] = PromptLogit.of(logit_B, context.prompt_BT, context.column_T)
+            layer.prompts[unit.name] = PromptLogit.of(logit_B, context.prompt_BT, context.column_T)
     return Decision(logit_B[:, None].expand(context.real_BT.shape))

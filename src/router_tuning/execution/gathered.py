@@ -86,7 +86,12 @@ class HandedCache:
         return self._take(key, value)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
+        if name in ("layers", "offloading") and self._real is not None:
+            return getattr(self._real, name)
+        raise UnsupportedModelError(
+            f"a unit asks its cache for {name!r}, so it is no function of its kept tokens and "
+            "their keys alone; leave its layer out of `layers`, or route another kind of unit"
+        )
 
 
 class _KeysTaken(Exception):
@@ -118,7 +123,7 @@ def gathered_call(
         layer.begin_skipping(context.rows, window, context.real_BC, device)
     past = _past(call, layer, unit, context)
     output = skipped_BTD.clone()
-    with _masks_taken(attention):
+    with _masks_taken(attention, context.decoder):
         extra = _keys_of(dense_forward, attention, call, write_BT & ~keep_BT, unit, context)
         made = [] if extra is None else [extra]
         before = [*past, *_by_row(extra, context)]
@@ -246,11 +251,11 @@ def _past(
         assert layer.store is not None
         return _stored(layer.store)
     held = call.cache.layers[unit.layer_idx]
-    length = held.keys.shape[2]
+    length = min(held.keys.shape[2], context.start)  # a static layer has places to fill yet
     column_K = torch.arange(context.start - length, context.start, device=held.keys.device)
     column_BK = column_K.where(real_columns(context.real_BC, column_K, context.rows), -1)
-    lasting_BK = torch.ones_like(column_BK, dtype=torch.bool)
-    return [RowKeys(held.keys, held.values, column_BK, lasting_BK)]
+    key, value = held.keys[:, :, :length], held.values[:, :, :length]
+    return [RowKeys(key, value, column_BK, torch.ones_like(column_BK, dtype=torch.bool))]
 
 
 def _stored(store: KeptKeys) -> list[RowKeys]:
@@ -374,16 +379,18 @@ def _in_place(x_NHD: Tensor, place: tuple[Tensor, Tensor], context: ForwardConte
 
 
 @contextmanager
-def _masks_taken(attention: Any) -> Iterator[None]:
+def _masks_taken(attention: Any, decoder: nn.Module) -> Iterator[None]:
     """Inside the block an attention takes 4-D masks: flash and flex implementations do not, and
-    SDPA gives the same result.
+    SDPA gives the same result, or eager where the model caps its scores or has sinks.
     """
     config = attention.config
     if config._attn_implementation in ("sdpa", "eager"):
         yield
         return
+    capped = getattr(attention, "attn_logit_softcapping", None) is not None
+    plain = getattr(decoder, "_supports_sdpa", False) and not capped
     attention.config = copy(config)
-    attention.config._attn_implementation_internal = "sdpa"
+    attention.config._attn_implementation_internal = "sdpa" if plain else "eager"
     try:
         yield
     finally:

@@ -50,13 +50,8 @@ def handed_in(kwargs: dict[str, Any]) -> ForwardContext | None:
     return _forward.get() if context is None else context
 
 
-def hand_over(attention: nn.Module, context: ForwardContext | None, cache: Any) -> None:
-    """Leave the context for the MLP behind an attention, where that is routed.
-
-    A decoder that is given no cache makes its own, which only attentions get to see.
-    """
-    if context is not None and context.cache is None and not context.masked:
-        context.cache = cache
+def hand_over(attention: nn.Module, context: ForwardContext | None) -> None:
+    """Leave the context for the MLP behind an attention, where that is routed."""
     layer_idx: int | None = attention.__dict__.get("skip_followed_by")
     if layer_idx is not None:
         _context.set(None if context is None else (layer_idx, context))

@@ -54,4 +54,4 @@ def _cache_layer(unit: Unit, context: ForwardContext) -> RoutedCacheLayer | None
     """Where a sequence decision is remembered from one forward to the next."""
     if context.cache is None or not is_sequence(context.granularity(unit)):
         return None
-    return touch(context.cache, unit.layer_idx)
+    return touch(context.cache, unit.memory, every_key=True)

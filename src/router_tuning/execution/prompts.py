@@ -113,8 +113,8 @@ def _check_remembered(context: ForwardContext, routing: Routing) -> None:
     """Refuse a filled cache that does not hold the decision of each unit."""
     for unit in _pooled_units(routing):
         layers = context.cache.layers
-        layer = layers[unit.layer_idx] if unit.layer_idx < len(layers) else None
-        if not isinstance(layer, RoutedCacheLayer) or unit.kind not in layer.prompts:
+        layer = layers[unit.memory] if unit.memory < len(layers) else None
+        if not isinstance(layer, RoutedCacheLayer) or unit.name not in layer.prompts:
             raise UnsupportedCallError(
                 f"the cache holds {context.start} tokens, but not what their prompt decided for "
                 f"{unit.name}: it was filled by the dense model or under given decisions, or "

@@ -167,9 +167,14 @@ def _all_keys(
     if call.cache is None:
         column_BK = context.column_T.where(context.real_BT, -1)
         return Keys(key, value, column_BK, tokens=_every_token(context))
-    key, value = call.cache.update(key, value, attention.layer_idx)
-    end = context.start + context.column_T.numel()
-    column_K = torch.arange(end - key.shape[2], end, device=key.device)
+    length = context.column_T.numel()
+    first = int(call.cache.get_mask_sizes(length, attention.layer_idx)[1])
+    end = context.start + length
+    # A static layer gives back places that are not filled yet, too.
+    key, value = (
+        x_BHKD[:, :, : end - first] for x_BHKD in call.cache.update(key, value, attention.layer_idx)
+    )
+    column_K = torch.arange(first, end, device=key.device)
     column_BK = column_K.where(real_columns(context.real_BC, column_K, context.rows), -1)
     return Keys(key, value, column_BK)
 

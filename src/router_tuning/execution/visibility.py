@@ -30,15 +30,13 @@ def recent(query_BQ: Tensor, key_BK: Tensor, window: int) -> Tensor:
 def sliding_window_of(attention: Any) -> int | None:
     """How many latest columns an attention sees by the model's own design; None where it sees all.
 
-    Most families keep the number on the attention; others read it from the config, by layer type if
-    there is one.
+    Layer types say which layers slide, where a config has them: some attentions keep the number
+    though they do not slide. Most families have it on the attention, others in the config only.
     """
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
     types = getattr(attention.config, "layer_types", None)
     if types is not None and types[attention.layer_idx] != "sliding_attention":
         return None
-    return getattr(attention.config, "sliding_window", None)
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
 
 def permanent(keep_BT: Tensor, context: ForwardContext) -> Tensor:
