@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import router_tuning
@@ -55,6 +56,13 @@ def refused(code: int, *arguments: object) -> str:
     assert result.code == code, (result.code, result.out, result.err)
     assert "Traceback" not in result.err
     return result.said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def progress_bars() -> Iterator[None]:
+    """The command line switches transformers' bars off for its process, here the tests' own."""
+    yield
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
