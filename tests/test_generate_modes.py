@@ -276,6 +276,19 @@ def test_a_static_cache_serves_where_every_key_is_kept(case: Case) -> None:
     assert_same_generation(out, plain)
 
 
+@pytest.mark.parametrize(
+    "granularity", ["attn_token", "attn_sequence", "mlp_token", "mlp_sequence"]
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_static_cache_needs_no_mask(family: str, granularity: str) -> None:
+    """Places that are not filled yet are no keys, also where no mask says so."""
+    model, ids = routed_model(Case(family, granularity, "all")), batch(1, 12, padded=False).ids
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    static = model.generate(ids, cache_implementation="static", **options)
+    assert torch.equal(static, model.generate(ids, **options))
+    assert torch.equal(static, model.generate(ids, use_cache=False, **options))
+
+
 @pytest.mark.parametrize("case", ALL_KEYS[:6], ids=str)
 def test_beams_over_a_static_cache(case: Case) -> None:
     model, given = routed_model(case), prompt()

@@ -447,7 +447,7 @@ def _with_the_padding(causal_class: type) -> Callable[..., Any]:
         mask = kwargs.get("attention_mask")
         if routing is None or not routing.enabled or options_for(decoder).dense:
             return inputs
-        if isinstance(mask, Tensor) and mask.ndim == 2:
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
             inputs["attention_mask"] = mask
         return inputs
 

@@ -270,7 +270,6 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     `store` after.
     """
 
-    is_compileable = False
     is_croppable = True
     supports_early_init = False
 
@@ -285,6 +284,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def sliding_window(self) -> int | None:
         """Window of a sliding layer, in columns; None where all earlier keys are visible."""
         return getattr(self.inner, "sliding_window", None)
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """True over a static layer. Masks go by it: places that are not filled must be hidden."""
+        return self.store is None and bool(self.inner.is_compileable)
 
     @property
     def is_sliding(self) -> bool:
