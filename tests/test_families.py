@@ -164,6 +164,12 @@ def test_mlps_remember_beside_the_nearest_plain_keys(family: str) -> None:
     assert_same_decisions(run(model, given), run(model, given, [2] * 10))
 
 
+def test_a_kind_that_no_layer_can_route_is_not_left_out_in_silence() -> None:
+    model = tiny_model("falcon", alibi=True, new_decoder_architecture=False)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.attn .*ALiBi.* layers\.3\.attn\)"):
+        attach(model, RoutingConfig(granularity=["attn_token", "mlp_token"]))
+
+
 def test_alibi_is_refused_for_attention_and_served_for_mlps() -> None:
     model = tiny_model("falcon", alibi=True, new_decoder_architecture=False)
     for kind in ("attn", "block"):

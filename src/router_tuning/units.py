@@ -352,7 +352,7 @@ def find_units(model: nn.Module, config: RoutingConfig) -> list[Unit]:
 def _units(decoder: nn.Module, wanted: range | list[int], config: RoutingConfig) -> Iterator[Unit]:
     layers, plain = decoder_layers(decoder), plain_cache_layers(decoder)
     refused: dict[str, str] = {}
-    found = False
+    found: set[str] = set()
     for index in wanted:
         memory = min(plain, key=lambda i: (abs(i - index), i), default=None)
         for granularity in sorted(config.granularities, key=lambda g: KINDS.index(kind_of(g))):
@@ -361,14 +361,17 @@ def _units(decoder: nn.Module, wanted: range | list[int], config: RoutingConfig)
             if why is None and is_sequence(granularity) and memory is None:
                 why = "finds no plain keys and values in the cache, beside which to remember"
             if why is None:
-                found = True
+                found.add(kind)
                 elsewhere = None if index in plain else memory
                 yield Unit(f"layers.{index}.{kind}", kind, index, elsewhere)
             else:
                 refused[f"layers.{index}.{kind}"] = why
-    if refused and (config.layers is not None or not found):
-        name, why = next(iter(refused.items()))
-        others = ", ".join([*list(refused)[1:6], *(["..."] if len(refused) > 6 else [])])
+    # A kind that no layer can route was asked for in vain, whatever else is routed.
+    if refused and (config.layers is not None or found != set(kinds_of(config))):
+        vain = (name for name in refused if name.rpartition(".")[2] not in found)
+        name = next(vain, next(iter(refused)))
+        why = refused.pop(name)
+        others = ", ".join([*list(refused)[:5], *(["..."] if len(refused) > 5 else [])])
         raise UnsupportedModelError(
             f"{name} cannot be routed: it {why}"
             + (f" (nor can {others})" if others else "")
