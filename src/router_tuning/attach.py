@@ -28,6 +28,9 @@ from router_tuning.execution.block import routed_block
 from router_tuning.execution.cache import check_cache
 from router_tuning.execution.context import (
     CONTEXT_KEY,
+    CallOptions,
+    ForwardContext,
+    Path,
     Routing,
     called_with,
     default_path,
@@ -236,41 +239,20 @@ def _enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with opened(None):
             return dense_forward(*args, **kwargs)
     given = _bind(type(decoder), args, kwargs)
-    inputs = given.get("input_ids")
-    inputs = given.get("inputs_embeds") if inputs is None else inputs
-    if inputs is None:
+    if given.get("input_ids") is None and given.get("inputs_embeds") is None:
         return dense_forward(*args, **kwargs)  # raises transformers' own error
-    if given.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
-        raise UnsupportedCallError(
-            "attention weights are not made where tokens are skipped; ask for output_attentions "
-            "with the routers off, inside `with dense(model):`"
-        )
-    cache = _cache_in(given)
-    given_ids = position_ids = given.get("position_ids")
+    _check_outputs(decoder, given)
     path = options.path or default_path(decoder, routing)
     if path == "masked":
         kwargs = _without_cache(given, kwargs)
-        cache = None
     elif _fills_a_cache(decoder, given):
-        check_cache(cache, routing.cached_layers(len(decoder_layers(decoder))))
-        if cache is None and routing.remembers_for_mlps():
+        check_cache(_cache_in(given), routing.cached_layers(len(decoder_layers(decoder))))
+        if _cache_in(given) is None and routing.remembers_for_mlps():
             # The decoder would make one that MLPs are not called with.
-            cache = DynamicCache(config=decoder.config)  # type: ignore[arg-type]
-            args, kwargs = (), {**given, cache_argument(decoder): cache}
-        position_ids = None  # transformers tells packed texts apart only where no cache is filled
-    context = open_forward(
-        decoder,
-        routing,
-        options,
-        inputs,
-        given.get("attention_mask"),
-        cache,
-        position_ids,
-        _thresholds(routing.config, ours.get("budget")),
-        path,
-    )
-    lengths = ours.get("prompt_lengths")
-    context.prompt_BT = prompt_of(context, routing, options.prompt_end, lengths, given_ids)
+            made = DynamicCache(config=decoder.config)  # type: ignore[arg-type]
+            given = {**given, cache_argument(decoder): made}
+            args, kwargs = (), dict(given)
+    context = _context_of(decoder, routing, options, given, ours, path)
     if "logits_to_keep" in _positional_names(type(decoder), "forward"):  # type: ignore[arg-type]
         # Some decoders run their last layers on the tokens that logits are wanted of, and no
         # others; a unit needs to see all. The causal LM picks the tokens again.
@@ -289,6 +271,42 @@ def _enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if options.trace is not None:
         options.trace.forwards.append(context.record)
     return output
+
+
+def _check_outputs(decoder: nn.Module, given: dict[str, Any]) -> None:
+    if given.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+        raise UnsupportedCallError(
+            "attention weights are not made where tokens are skipped; ask for output_attentions "
+            "with the routers off, inside `with dense(model):`"
+        )
+
+
+def _context_of(
+    decoder: nn.Module,
+    routing: Routing,
+    options: CallOptions,
+    given: dict[str, Any],
+    ours: dict[str, Any],
+    path: Path,
+) -> ForwardContext:
+    """The context of a forward with these arguments, the decoder's and our own."""
+    inputs = given.get("input_ids")
+    filled = path != "masked" and _fills_a_cache(decoder, given)
+    position_ids = given.get("position_ids")
+    context = open_forward(
+        decoder,
+        routing,
+        options,
+        given["inputs_embeds"] if inputs is None else inputs,
+        given.get("attention_mask"),
+        _cache_in(given) if filled else None,
+        None if filled else position_ids,  # no texts are packed where a cache is filled
+        _thresholds(routing.config, ours.get("budget")),
+        path,
+    )
+    lengths = ours.get("prompt_lengths")
+    context.prompt_BT = prompt_of(context, routing, options.prompt_end, lengths, position_ids)
+    return context
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -26,8 +26,14 @@ from router_tuning.execution.cache import KeptKeys, RoutedCacheLayer, real_colum
 from router_tuning.execution.call import Decided, UnitCall
 from router_tuning.execution.context import ForwardContext
 from router_tuning.execution.projections import keys_values
-from router_tuning.execution.tokens import Gathered, written
-from router_tuning.execution.visibility import causal, permanent, recent, sliding_window_of
+from router_tuning.execution.tokens import Gathered, put_in_place, written
+from router_tuning.execution.visibility import (
+    additive,
+    causal,
+    permanent,
+    recent,
+    sliding_window_of,
+)
 from router_tuning.units import (
     Unit,
     decoder_layers,
@@ -214,7 +220,7 @@ class _Group:
         if not isinstance(given, Tensor) or given.ndim != 4:
             sliding = sliding_window_of(self.attention)
             mask = (seen & causal(query_RL, column_RK, sliding))[:, None]
-            return _additive(mask, self.call.x_BTD.dtype) if eager else mask
+            return additive(mask, self.call.x_BTD.dtype) if eager else mask
         picked = _pick_mask(given, self.row_R, self.token_RL, column_RK - first)
         if picked.dtype == torch.bool:
             return picked & seen[:, None]
@@ -227,10 +233,6 @@ def _pick_mask(mask: Tensor, row_R: Tensor, token_RL: Tensor, index_RK: Tensor) 
     queries = mask[rows[:, None], :, token_RL].transpose(1, 2)  # (R, h, L, C)
     index = index_RK.clamp(0, mask.shape[-1] - 1)[:, None, None]
     return queries.gather(3, index.expand(*queries.shape[:3], -1))
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _first_column(call: UnitCall, unit: Unit, context: ForwardContext) -> int:
@@ -351,9 +353,8 @@ def _store(
         for name in ("row_N", "token_N")
     )
     if context.config.kv == "all":
-        place = (row_N, token_N)
-        key, value = (_in_place(x, place, context) for x in _joined(made))
-        call.cache.update(key, value, unit.layer_idx)
+        key, value = (put_in_place(x, row_N, token_N, context) for x in _joined(made))
+        call.cache.update(key.transpose(1, 2), value.transpose(1, 2), unit.layer_idx)
         return
     assert layer is not None
     assert layer.store is not None
@@ -369,13 +370,6 @@ def _store(
 def _joined(made: list[FlatKeys]) -> tuple[Tensor, Tensor]:
     keys, values = ([getattr(m, name).detach() for m in made] for name in ("key_NHD", "value_NHD"))
     return torch.cat(keys), torch.cat(values)
-
-
-def _in_place(x_NHD: Tensor, place: tuple[Tensor, Tensor], context: ForwardContext) -> Tensor:
-    """(N, H, D) -> (B, H, T, D), zero at padding."""
-    out = x_NHD.new_zeros((*context.real_BT.shape, *x_NHD.shape[1:]))
-    out[place] = x_NHD
-    return out.transpose(1, 2)
 
 
 @contextmanager

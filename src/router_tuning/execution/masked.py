@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.call import Decided, UnitCall
 from router_tuning.execution.context import ForwardContext
-from router_tuning.execution.visibility import causal, permanent, recent, sliding_window_of
+from router_tuning.execution.visibility import (
+    additive,
+    causal,
+    permanent,
+    recent,
+    sliding_window_of,
+)
 from router_tuning.units import Unit
 
 
@@ -68,8 +74,7 @@ def _kept_keys_mask(
     mask = allowed & visible[:, None] | diagonal
     if implementation == "sdpa":
         return mask
-    lowest = torch.finfo(call.x_BTD.dtype).min
-    return torch.zeros_like(mask, dtype=call.x_BTD.dtype).masked_fill(~mask, lowest)
+    return additive(mask, call.x_BTD.dtype)
 
 
 def _as_bool(mask: Any) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from router_tuning.errors import UnsupportedModelError
+from router_tuning.execution.visibility import additive
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
 
@@ -61,7 +62,10 @@ def attend(
     eager = attention.config._attn_implementation == "eager"
     if eager:
         function = _module_of(attention).eager_attention_forward
-        mask_B1QK = _additive(mask_B1QK, query_BHQD, key_BHKD)
+        if mask_B1QK is None:
+            shape = (1, 1, query_BHQD.shape[2], key_BHKD.shape[2])
+            mask_B1QK = torch.ones(shape, dtype=torch.bool, device=query_BHQD.device).tril()
+        mask_B1QK = additive(mask_B1QK, query_BHQD.dtype)
     else:
         # Under flash and flex implementations too: they take no such mask, and the result is the
         # same.
@@ -100,11 +104,3 @@ def _rotary(attention: nn.Module) -> Callable[..., Any] | None:
 
 def _module_of(attention: nn.Module) -> Any:
     return sys.modules[type(attention).__module__]
-
-
-def _additive(mask_B1QK: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    if mask_B1QK is None:
-        shape = (1, 1, query.shape[2], key.shape[2])
-        mask_B1QK = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-    lowest = torch.finfo(query.dtype).min
-    return torch.zeros_like(mask_B1QK, dtype=query.dtype).masked_fill(~mask_B1QK, lowest)

@@ -181,10 +181,15 @@ def _all_keys(
 
 def _in_place(x_NHD: Tensor, written: Gathered, context: ForwardContext) -> Tensor:
     """(N, H, D) -> (B, T, H, D), zero at padding."""
-    if x_NHD.shape[0] == context.real_BT.numel():
+    if x_NHD.shape[0] == context.real_BT.numel():  # in order, so there is nothing to move
         return x_NHD.unflatten(0, tuple(context.real_BT.shape))
+    return put_in_place(x_NHD, written.row_N, written.token_N, context)
+
+
+def put_in_place(x_NHD: Tensor, row_N: Tensor, token_N: Tensor, context: ForwardContext) -> Tensor:
+    """(N, H, D), in any order -> (B, T, H, D), zero where there is none."""
     out = x_NHD.new_zeros((*context.real_BT.shape, *x_NHD.shape[1:]))
-    out[written.row_N, written.token_N] = x_NHD
+    out[row_N, token_N] = x_NHD
     return out
 
 

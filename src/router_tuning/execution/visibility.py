@@ -46,6 +46,11 @@ def permanent(keep_BT: Tensor, context: ForwardContext) -> Tensor:
     return keep_BT | (context.real_BT & (context.position_BT < context.config.kv_sink))
 
 
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as eager attention adds it to its scores: 0 where True, else the lowest number."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
 def check_packed(mask: Any, context: ForwardContext) -> None:
     """Refuse packed texts that a model's own mask (B or 1, h, T, K) does not tell apart."""
     if context.sequence_BT is None or not isinstance(mask, Tensor) or mask.ndim != 4:
