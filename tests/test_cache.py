@@ -35,7 +35,7 @@ def key_of(text: Tensor, column: Tensor) -> Tensor:
 
 
 def new_store(rows: int, window: int = 0, sliding: int | None = None) -> KeptKeys:
-    return KeptKeys(rows, window, sliding, torch.device("cpu"))
+    return KeptKeys(rows, window, sliding)
 
 
 @dataclass
@@ -88,7 +88,7 @@ def assert_equal(store: KeptKeys, obvious: Obvious) -> None:
             slot
             for slot, column in enumerate(columns.tolist())
             if column >= 0
-            and (bool(store.permanent_S()[slot]) or store.seen - column < store.window)
+            and (bool(store.lasting_S()[slot]) or store.seen - column < store.window)
             and (store.sliding is None or store.seen - column < store.sliding)
         ]
         assert sorted(columns[slots].tolist()) == sorted(visible)

@@ -43,6 +43,8 @@ class Family:
     """Whether the attention is plainly the parts of execution/projections.py. The keys of skipped
     tokens are then made alone; else all that the attention computes before its keys is.
     """
+    expands_keys: bool = False
+    """Whether what the attention hands to its cache is a short form of its keys."""
     keywords: bool = True
     """Whether decoder and layers hand unknown keyword arguments on, down to the attention."""
     layer_tuple: bool = False
@@ -61,7 +63,7 @@ POST_NORM = Family(post_norms=POST_NORMS, input_norm=())
 
 FAMILIES: dict[str, Family] = {
     "cohere2": PRE_NORM,
-    "deepseek_v3": PRE_NORM,
+    "deepseek_v3": Family(expands_keys=True),
     "falcon": Family(
         layers="h",
         modules={"attn": "self_attention", "mlp": "mlp"},

@@ -13,12 +13,12 @@ from router_tuning.execution.cache import RoutedCacheLayer, check_layer, touch
 from router_tuning.execution.call import UnitCall
 from router_tuning.execution.context import ForwardContext, original_forward
 from router_tuning.execution.deciding import decide
-from router_tuning.execution.gathered import gathered_call
+from router_tuning.execution.flat import own_forward
 from router_tuning.execution.handover import gated, hand_over, handed_in
 from router_tuning.execution.masked import masked_call
-from router_tuning.execution.tokens import skipping_attention
+from router_tuning.execution.skipping import skipping_call
 from router_tuning.execution.visibility import check_packed
-from router_tuning.units import Unit, family_of, first_of, is_sequence
+from router_tuning.units import Unit, first_of, is_sequence
 
 
 def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -38,18 +38,15 @@ def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return gated(first_of(output), decided.soft_BT, unit, context), None
     layer = cache_layer(call.cache, unit, context)
     decided = decide(unit, call.x_BTD, context, layer)
-    if family_of(context.decoder).parts:
-        return skipping_attention(dense_forward, attention, call, decided, layer, unit, context)
-    nothing_BTD = call.x_BTD.new_zeros(call.x_BTD.shape)
-    return gathered_call(
-        dense_forward, attention, call, decided, layer, unit, context, nothing_BTD
+    return skipping_call(
+        dense_forward, attention, call, decided, layer, unit, context, skipped_BTD=None
     ), None
 
 
 def carry_context(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for an unrouted attention's forward: attention kernels must not see the context."""
     hand_over(attention, handed_in(kwargs))
-    return original_forward(attention)(*args, **kwargs)
+    return own_forward(attention, original_forward(attention))(*args, **kwargs)
 
 
 def cache_layer(cache: Any, unit: Unit, context: ForwardContext) -> RoutedCacheLayer | None:

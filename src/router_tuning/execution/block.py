@@ -13,9 +13,9 @@ from router_tuning.execution.attention import cache_layer
 from router_tuning.execution.call import UnitCall
 from router_tuning.execution.context import original_forward
 from router_tuning.execution.deciding import decide
-from router_tuning.execution.gathered import gathered_call
 from router_tuning.execution.handover import handed_in
 from router_tuning.execution.masked import masked_call
+from router_tuning.execution.skipping import skipping_call
 from router_tuning.execution.visibility import check_packed
 from router_tuning.units import Unit, attention_of, family_of, first_of
 
@@ -41,7 +41,7 @@ def routed_block(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     else:
         memory = cache_layer(call.cache, unit, context)
         decided = decide(unit, call.x_BTD, context, memory)
-        state = gathered_call(
+        state = skipping_call(
             dense_forward, attention, call, decided, memory, unit, context, call.x_BTD
         )
     return (state, None) if family_of(context.decoder).layer_tuple else state

@@ -42,10 +42,11 @@ class KeptKeys:
 
     Slots 0 ... ring-1 are a ring of the latest skipped tokens (kv_window > 0 only): the token of
     column c lies in slot c % ring, so a key that has left the window is overwritten and never
-    copied away. Kept and sink tokens are appended from slot `ring` on.
+    copied away. Kept and sink tokens are appended from slot `ring` on. What lies where is noted on
+    the host.
     """
 
-    def __init__(self, batch: int, window: int, sliding: int | None, device: torch.device) -> None:
+    def __init__(self, batch: int, window: int, sliding: int | None) -> None:
         self.window = window
         self.ring = window + CROP_SLACK if window else 0
         self.sliding = sliding
@@ -55,7 +56,7 @@ class KeptKeys:
         self.lengths = [0] * batch
         self.keys: Tensor | None = None  # (B, H, S, D), once the first token is written
         self.values: Tensor | None = None
-        self.columns_BS = torch.full((batch, self.ring), -1, device=device)
+        self.columns_BS = torch.full((batch, self.ring), -1)
 
     @property
     def used(self) -> int:
@@ -71,41 +72,77 @@ class KeptKeys:
         used = self.used
         return self.keys[:, :, :used], self.values[:, :, :used], self.columns_BS[:, :used]
 
-    def permanent_S(self) -> Tensor:
+    def lasting_S(self) -> Tensor:
         """True at slots whose key stays visible, False in the ring."""
-        return torch.arange(self.used, device=self.columns_BS.device) >= self.ring
+        return torch.arange(self.used) >= self.ring
 
     def append(
         self,
         row_N: Tensor,
         column_N: Tensor,
-        permanent_N: Tensor,
+        lasting_N: Tensor,
         key_NHD: Tensor,
         value_NHD: Tensor,
     ) -> None:
-        """Write tokens, ordered by row and then by column. `seen` is advanced by `advance`, not
-        here.
+        """Write tokens, ordered by row and then by column; row, column and whether they stay
+        visible lie on the host. `seen` is advanced by `advance`, not here.
         """
         if self.keys is None:
             self.keys, self.values = (
                 x_NHD.new_zeros((len(self.lengths), x_NHD.shape[1], self.ring, x_NHD.shape[2]))
                 for x_NHD in (key_NHD, value_NHD)
             )
-        counts = torch.bincount(row_N[permanent_N], minlength=len(self.lengths)).tolist()
+        if self.ring:
+            self._append_to_ring(row_N, column_N, lasting_N, key_NHD, value_NHD)
+            row_N, column_N = row_N[lasting_N], column_N[lasting_N]
+            there_N = lasting_N.to(key_NHD.device)
+            key_NHD, value_NHD = key_NHD[there_N], value_NHD[there_N]
+        counts = torch.bincount(row_N, minlength=len(self.lengths)).tolist()
         self._make_room(counts)
-        row, slot = row_N[permanent_N], self._next_slots(row_N[permanent_N], counts)
-        self._put(row, slot, column_N[permanent_N], key_NHD[permanent_N], value_NHD[permanent_N])
-        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
-        if self.ring and column_N.numel():
-            # Of a long chunk only the last `ring` columns find a slot of their own.
-            recent_N = ~permanent_N & (column_N > column_N.max() - self.ring)
-            self._put(
-                row_N[recent_N],
-                column_N[recent_N] % self.ring,
-                column_N[recent_N],
-                key_NHD[recent_N],
-                value_NHD[recent_N],
-            )
+        begin = 0
+        # A row's new tokens lie side by side, here and there: a loop over rows, on views.
+        for row, number in enumerate(counts):
+            if number:
+                first = self.ring + self.lengths[row]
+                self._put(
+                    row,
+                    slice(first, first + number),
+                    slice(begin, begin + number),
+                    column_N,
+                    key_NHD,
+                    value_NHD,
+                )
+                self.lengths[row] += number
+                begin += number
+
+    def _append_to_ring(
+        self,
+        row_N: Tensor,
+        column_N: Tensor,
+        lasting_N: Tensor,
+        key_NHD: Tensor,
+        value_NHD: Tensor,
+    ) -> None:
+        if not column_N.numel():
+            return
+        # Of a long chunk only the last `ring` columns find a slot of their own.
+        recent_N = ~lasting_N & (column_N > column_N.max() - self.ring)
+        row, slot = row_N[recent_N], column_N[recent_N] % self.ring
+        there_N = recent_N.to(key_NHD.device)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[row, :, slot] = key_NHD[there_N].to(self.keys.dtype)
+        self.values[row, :, slot] = value_NHD[there_N].to(self.values.dtype)
+        self.columns_BS[row, slot] = column_N[recent_N]
+
+    def _put(
+        self, row: int, slots: slice, tokens: slice, column_N: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[row, :, slots] = key[tokens].transpose(0, 1)
+        self.values[row, :, slots] = value[tokens].transpose(0, 1)
+        self.columns_BS[row, slots] = column_N[tokens]
 
     def advance(self, tokens: int) -> None:
         """Note that `tokens` more columns have gone by, written or not."""
@@ -118,7 +155,7 @@ class KeptKeys:
         """
         columns_BS = self.columns_BS[:, : self.used]
         oldest = self.seen - self.window + 1
-        held_BS = (columns_BS >= 0) & (self.permanent_S() | (columns_BS >= oldest))
+        held_BS = (columns_BS >= 0) & (self.lasting_S() | (columns_BS >= oldest))
         if self.sliding is not None:
             held_BS &= columns_BS > self.seen - self.sliding
         return int(held_BS.sum())
@@ -147,27 +184,10 @@ class KeptKeys:
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Rearrange the rows: `pick` maps a tensor with a batch dimension to the new one."""
-        lengths = torch.tensor(self.lengths, device=self.columns_BS.device)
-        self.lengths = pick(lengths).tolist()
+        self.lengths = pick(torch.tensor(self.lengths)).tolist()
         if self.keys is not None and self.values is not None:
             self.keys, self.values = pick(self.keys), pick(self.values)
         self.columns_BS = pick(self.columns_BS)
-
-    def _next_slots(self, row_N: Tensor, counts: list[int]) -> Tensor:
-        ends = torch.tensor(counts, device=row_N.device).cumsum(0)
-        firsts = (
-            torch.tensor(self.lengths, device=row_N.device)
-            - ends
-            + torch.tensor(counts, device=row_N.device)
-        )
-        return self.ring + firsts[row_N] + torch.arange(row_N.numel(), device=row_N.device)
-
-    def _put(self, row: Tensor, slot: Tensor, column: Tensor, key: Tensor, value: Tensor) -> None:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[row, :, slot] = key.to(self.keys.dtype)
-        self.values[row, :, slot] = value.to(self.values.dtype)
-        self.columns_BS[row, slot] = column
 
     def _make_room(self, counts: list[int]) -> None:
         missing = self._missing(counts)
@@ -192,7 +212,7 @@ class KeptKeys:
         order_BS = (~stay_BS).to(torch.int8).sort(dim=1, stable=True).indices
         size = int(stay_BS.sum(1).max())
         gather = self.ring + order_BS[:, :size]
-        rows = torch.arange(len(self.lengths), device=gather.device)[:, None]
+        rows = torch.arange(len(self.lengths))[:, None]
         for name in ("keys", "values"):
             old = getattr(self, name)
             kept = old[rows, :, gather].transpose(1, 2)
@@ -345,19 +365,17 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_max_cache_shape(self) -> int:
         return int(getattr(self.inner, "get_max_cache_shape", self.inner.get_max_length)())
 
-    def begin_skipping(
-        self, batch: int, window: int, real_BC: Tensor | None, device: torch.device
-    ) -> KeptKeys:
+    def begin_skipping(self, batch: int, window: int, real_BC: Tensor | None) -> KeptKeys:
         """Move what the dense layer holds (all of it kept) to a KeptKeys, leaving the pads
-        behind.
+        behind; `real_BC` lies on the host.
         """
         if self.store is not None:
             return self.store
-        self.store = KeptKeys(batch, window, self.sliding_window, device)
+        self.store = KeptKeys(batch, window, self.sliding_window)
         seen = int(self.inner.get_seq_length())
         if seen:
             held = self.inner.keys.shape[2]
-            columns = torch.arange(seen - held, seen, device=device)
+            columns = torch.arange(seen - held, seen)
             real_BT = real_columns(real_BC, columns, batch)
             row, token = real_BT.nonzero(as_tuple=True)
             keys, values = self.inner.keys[row, :, token], self.inner.values[row, :, token]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.context import ForwardContext
+from router_tuning.execution.places import Places
 from router_tuning.record import UnitRecord
 from router_tuning.units import CACHES
 
@@ -112,9 +113,21 @@ class Decided:
     logits_BT: Tensor | None
     always_BT: Tensor | None = None
 
+    @functools.cached_property
+    def host_BT(self) -> Tensor:
+        """The decisions on the host: the one time that a routed unit waits for the device."""
+        return self.keep_BT.cpu()
+
+    @functools.cached_property
+    def kept(self) -> Places:
+        """Where the unit runs."""
+        return Places.where(self.host_BT, self.keep_BT.device)
+
     def record(self, write_BT: Tensor | None, context: ForwardContext) -> UnitRecord:
         """The entry for the trace."""
         threshold = None if self.logits_BT is None else context.threshold_B1
+        if write_BT is not None:
+            write_BT = write_BT.to(self.keep_BT.device)
         return UnitRecord(
             self.keep_BT, write_BT, self.logits_BT, threshold, self.always_BT, self.soft_BT
         )

@@ -105,7 +105,32 @@ class ForwardContext:
     @functools.cached_property
     def num_real(self) -> int:
         """Real tokens of this forward."""
-        return self.real_BT.numel() if self.real_BC is None else int(self.real_BT.sum())
+        return self.real_BT.numel() if self.real_BC is None else int(self.host_real_BT.sum())
+
+    # What units plan with lies on the host: it is brought there once a forward.
+
+    @functools.cached_property
+    def host_real_BC(self) -> Tensor | None:
+        """real_BC on the host."""
+        return None if self.real_BC is None else self.real_BC.cpu()
+
+    @functools.cached_property
+    def host_real_BT(self) -> Tensor:
+        """real_BT on the host."""
+        real_BC = self.host_real_BC
+        if real_BC is not None:
+            return real_BC[:, self.start :]
+        return torch.ones(self.real_BT.shape, dtype=torch.bool)
+
+    @functools.cached_property
+    def host_position_BT(self) -> Tensor:
+        """position_BT on the host."""
+        return self.position_BT.cpu()
+
+    @functools.cached_property
+    def host_sequence_BT(self) -> Tensor | None:
+        """sequence_BT on the host."""
+        return None if self.sequence_BT is None else self.sequence_BT.cpu()
 
     def granularity(self, unit: Unit) -> str:
         """The granularity under which a unit is routed."""
