@@ -65,6 +65,7 @@ TOLD = (
     "anneal_fraction",
     "threshold_range",
     "warm_start",
+    "lm_weight",
 )
 """Arguments of a training whose defaults a result names."""
 

@@ -1,4 +1,4 @@
-"""The curves of an evaluation: their keys in its JSON, and what people call them."""
+"""What results hold: the keys in their JSON, and what people call them."""
 
 CURVES = {
     "routed": "routers",
@@ -8,3 +8,13 @@ CURVES = {
     "static_greedy": "static, greedy",
     "learned_static": "static, learned",
 }
+
+SPEED = {
+    "all_kept": "all kept",
+    "routed": "routers",
+    "random": "random",
+    "static": "static",
+    "floor": "floor",
+    "masked": "masked",
+}
+"""Variants of a benchmark, beside dense."""

@@ -1,15 +1,15 @@
-"""Figures from the JSON of `eval`. Draws with matplotlib's Agg, whatever the machine has."""
+"""Figures from the JSON of `eval` and `bench`, drawn with matplotlib's Agg on any machine."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from router_tuning.errors import RouterTuningError
-from router_tuning.report.curves import CURVES
+from router_tuning.report.curves import CURVES, SPEED
 
 INK = "#1a1a1a"
 FAINT = "#8a8a8a"
@@ -21,6 +21,14 @@ STYLES: dict[str, dict[str, Any]] = {
     "static_cosine": {"color": "#5b7f2b", "marker": "s"},
     "static_greedy": {"color": "#7a4fa3", "marker": "D"},
     "learned_static": {"color": "#4d4d4d", "marker": "P"},
+}
+DOTS: dict[str, dict[str, Any]] = {
+    "routed": {"color": "#0b5fa5", "marker": "o", "s": 64, "zorder": 5},
+    "random": {"color": "#b5541c", "marker": "^"},
+    "static": {"color": "#5b7f2b", "marker": "s"},
+    "floor": {"color": FAINT, "marker": "|", "s": 90},
+    "all_kept": {"color": "#7a4fa3", "marker": "D"},
+    "masked": {"color": "#4d4d4d", "marker": "X"},
 }
 LABEL_ROOM = 0.055
 """Least distance of two labels, as a part of the axis' height."""
@@ -66,6 +74,58 @@ def curve(result: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
         if row["loss"] is not None
     }
     return sorted({**points, 1.0: 0.0}.items()) if points else []
+
+
+def speed_figure(result: Mapping[str, Any], path: str | Path, title: str = "") -> Path:
+    """Draw the time over dense of each variant: a line for each cell, a panel for each phase. The
+    ring is the ideal: the floor and the work that the decisions leave.
+
+    Returns the path.
+
+    Raises:
+        RouterTuningError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cells = result["cells"]
+    phases = [p for p in ("prefill", "decode") if any(cell[p] is not None for cell in cells)]
+    figure = Figure(figsize=(9.2, 1.6 + 0.34 * len(cells)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
+    for axes, phase in zip(panels, phases, strict=True):
+        _dots(axes, cells, phase)
+        axes.set_title(f"{phase}: time over dense", loc="left", fontsize=10, color=INK)
+    panels[0].set_yticks(range(len(cells)), [_cell_name(cell) for cell in cells], fontsize=9)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    return _save(figure, Path(path))
+
+
+def _cell_name(cell: Mapping[str, Any]) -> str:
+    return f"{cell['batch_size']} x {cell['prompt_tokens']}, kept {cell['kept_fraction']:.2f}"
+
+
+def _dots(axes: Any, cells: Sequence[Mapping[str, Any]], phase: str) -> None:
+    rows = [(y, cell[phase]) for y, cell in enumerate(cells) if cell[phase] is not None]
+    for name, label in SPEED.items():
+        points = [(p["over_dense"][name], y) for y, p in rows if name in p["over_dense"]]
+        if points:
+            style: dict[str, Any] = {"s": 36, **DOTS[name]}
+            axes.scatter(*zip(*points, strict=True), label=label, **style)
+    ideal = [(p["ideal_seconds"] / p["seconds"]["dense"]["median"], y) for y, p in rows]
+    ring = {"facecolors": "none", "edgecolors": INK, "marker": "o", "s": 110, "zorder": 6}
+    axes.scatter(*zip(*ideal, strict=True), label="ideal", **ring)
+    axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(left=False)
+    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlim(left=0)
 
 
 def _frame(axes: Any, result: Mapping[str, Any], title: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from router_tuning.report.curves import CURVES
+from router_tuning.report.curves import CURVES, SPEED
 
 
 def budget_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -47,6 +47,33 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
                 _fixed(row["answer_loss"], 4),
                 _fixed(row["flops_fraction"], 3),
             )
+    return table
+
+
+def speed_table(result: Mapping[str, Any]) -> Table:
+    """The JSON of `bench`: times over dense, and the share of the possible saving."""
+    variants = [v for v in SPEED if v in result["cells"][0]["prefill"]["over_dense"]]
+    header = ("rows", "prompt", "budget", "kept", "phase", *variants, "saved", "cache")
+    table = _numbers(header)
+    for cell in result["cells"]:
+        cache = cell["kv_bytes_counted"]
+        for phase in ("prefill", "decode"):
+            part = cell[phase]
+            if part is None:
+                continue
+            saved = part["realised_saving"].get("routed")
+            mark = "" if part["conclusive"] else "*"
+            table.add_row(
+                str(cell["batch_size"]),
+                str(cell["prompt_tokens"]),
+                "own" if cell["budget"] is None else f"{cell['budget']:g}",
+                _fixed(cell["kept_fraction"], 2),
+                phase,
+                *(_fixed(part["over_dense"].get(name), 2) for name in variants),
+                f"{_fixed(saved, 2)}{mark}",
+                _fixed(cache["routed"] / cache["dense"], 2),
+            )
+        table.add_section()
     return table
 
 

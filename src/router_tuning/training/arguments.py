@@ -69,6 +69,13 @@ class RouterTrainingArguments(TrainingArguments):
             "towards its own. 0 trains that one only, as do batches of one row."
         },
     )
+    lm_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": 'With objective "distill": add the cross entropy to the text itself, so many '
+            "times. More of it learns the text of training, its template included."
+        },
+    )
     distill_positions: float = field(
         default=1.0,
         metadata={
@@ -140,6 +147,7 @@ class RouterTrainingArguments(TrainingArguments):
             ("anneal_fraction", 0 <= self.anneal_fraction <= 1, "in [0, 1]"),
             ("warm_start", self.warm_start >= 0, "at least 0"),
             ("threshold_range", 0 <= self.threshold_range < math.inf, "at least 0 and finite"),
+            ("lm_weight", 0 <= self.lm_weight < math.inf, "at least 0 and finite"),
             ("distill_positions", 0 < self.distill_positions <= 1, "in (0, 1]"),
             ("bias_learning_rate", self.bias_learning_rate > 0, "above 0"),
             ("cooldown_fraction", 0 <= self.cooldown_fraction <= 1, "in [0, 1]"),

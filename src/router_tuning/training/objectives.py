@@ -62,15 +62,30 @@ def head_of(model: nn.Module) -> Head:
 
 
 def distill_loss(
-    student_ND: Tensor, teacher_ND: Tensor, head: Head, *, chunk_bytes: int = CHUNK_BYTES
+    student_ND: Tensor,
+    teacher_ND: Tensor,
+    head: Head,
+    *,
+    target_N: Tensor | None = None,
+    lm_weight: float = 0.0,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """Mean KL(teacher || student) over the positions in nats; gradient to the student only."""
+    """Mean KL(teacher || student) over the positions in nats; gradient to the student only.
+
+    With `target_N` (the next tokens, -100 for none) the cross entropy to them is added,
+    `lm_weight` times.
+    """
 
     def kl(hidden_nD: Tensor, start: int) -> Tensor:
+        some = slice(start, start + len(hidden_nD))
         with torch.no_grad():
-            teacher_nV = head(teacher_ND[start : start + len(hidden_nD)]).float().log_softmax(-1)
+            teacher_nV = head(teacher_ND[some]).float().log_softmax(-1)
         student_nV = head(hidden_nD).float().log_softmax(-1)
-        return functional.kl_div(student_nV, teacher_nV, reduction="sum", log_target=True)
+        loss = functional.kl_div(student_nV, teacher_nV, reduction="sum", log_target=True)
+        if target_N is None or not lm_weight:
+            return loss
+        target_n = target_N[some]
+        return loss + lm_weight * functional.nll_loss(student_nV, target_n, reduction="sum")
 
     return _sum_over_chunks(student_ND, kl, head, chunk_bytes) / max(len(student_ND), 1)
 
@@ -93,6 +108,11 @@ def shifted_targets(hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tens
     """Hidden states that predict a labelled token, and those tokens: (N, D), (N,)."""
     predicts_BT = labels_BT[:, 1:] != IGNORED
     return hidden_BTD[:, :-1][predicts_BT], labels_BT[:, 1:][predicts_BT]
+
+
+def next_tokens(labels_BT: Tensor) -> Tensor:
+    """The token that each position predicts, IGNORED at the last: (B, T)."""
+    return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
 ChunkLoss = Callable[[Tensor, int], Tensor]

@@ -51,7 +51,14 @@ from router_tuning.training.checks import (
     check_head,
     check_model,
 )
-from router_tuning.training.objectives import Head, distill_loss, head_of, lm_loss, shifted_targets
+from router_tuning.training.objectives import (
+    Head,
+    distill_loss,
+    head_of,
+    lm_loss,
+    next_tokens,
+    shifted_targets,
+)
 from router_tuning.training.optimizer import input_spread, parameter_groups
 from router_tuning.training.safety import (
     StopRequest,
@@ -152,6 +159,7 @@ class RouterTrainerMixin(_Trainer):
         return loss_and_outputs
 
     def _distill(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        labels_BT = inputs.get("labels", inputs.get("input_ids"))
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         teacher_BTD, prefix = self.teacher(inputs)
         with reuse_prefix(prefix):
@@ -159,7 +167,14 @@ class RouterTrainerMixin(_Trainer):
         chosen_BT = self._choose(_real(inputs, student_BTD))
         with self.accelerator.autocast():
             head = self._logits_of(student_BTD, outputs)
-            loss = distill_loss(student_BTD[chosen_BT], teacher_BTD[chosen_BT], head)
+            target_N = None if labels_BT is None else next_tokens(labels_BT)[chosen_BT]
+            loss = distill_loss(
+                student_BTD[chosen_BT],
+                teacher_BTD[chosen_BT],
+                head,
+                target_N=target_N,
+                lm_weight=self.args.lm_weight if torch.is_grad_enabled() else 0.0,
+            )
         return loss, outputs
 
     def teacher(self, inputs: dict[str, Any]) -> tuple[Tensor, Prefix]:
