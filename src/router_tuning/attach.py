@@ -57,6 +57,7 @@ from router_tuning.units import (
     family_of,
     find_units,
     hidden_size_of,
+    input_norm_name,
     is_found,
     kinds_of,
     part_of,
@@ -128,7 +129,8 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
     decoder = decoder_of(model)
     layers = decoder_layers(decoder)
     units = _checked_units(model, config)
-    decoder.__dict__["routing"] = Routing(config, units, len(layers) * len(kinds_of(config)))
+    norms = tuple(input_norm_name(decoder, layer) for layer in layers)
+    decoder.__dict__["routing"] = Routing(config, units, len(layers) * len(kinds_of(config)), norms)
     for layer in layers:
         attention = attention_of(decoder, layer)
         if attention is not None:

@@ -31,7 +31,6 @@ from router_tuning.units import (
     decoder_layers,
     decoder_of,
     first_of,
-    is_sequence,
     part_of,
     post_norm_of,
     unwrap,
@@ -75,7 +74,7 @@ class RandomMask:
         rate = self.rate[unit.name] if isinstance(self.rate, Mapping) else self.rate
         row_B1 = torch.arange(forward.rows, device=x_BTD.device)[:, None]
         key_B1 = _mix(_mix(torch.full_like(row_B1, self.seed * 1_000_003 + _number(unit))) ^ row_B1)
-        if not is_sequence(forward.granularity(unit)):
+        if unit.kind not in forward.sequence_kinds:
             return _uniform(_mix(key_B1 ^ (forward.position_BT + 1))) < rate
         if forward.config.pooling == "prompt":
             return (_uniform(key_B1) < rate).expand(x_BTD.shape[:2])

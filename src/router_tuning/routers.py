@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from router_tuning.config import RoutingConfig
 
@@ -31,7 +32,11 @@ class LinearRouter(nn.Module):
         nn.init.constant_(self.score.bias, init_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return _in_fp32(self.score, x_BTD)
+        weight, bias = self.score.weight, self.score.bias
+        if torch.is_autocast_enabled(x_BTD.device.type):
+            return _in_fp32(self.score, x_BTD)
+        # Without the module's call: in decoding, this is most of what routing costs.
+        return linear(x_BTD.float(), weight.float(), bias.float()).squeeze(-1)
 
 
 class BottleneckRouter(nn.Module):
@@ -79,11 +84,18 @@ def input_weight(router: Router) -> nn.Parameter | None:
 
 
 def _in_fp32(score: nn.Module, x_BTD: Tensor) -> Tensor:
-    # A model that is cast as a whole takes its routers along.
-    lower = {n: p.float() for n, p in score.named_parameters() if p.dtype != torch.float32}
     # Autocast would take the fp32 product back to bf16.
-    with torch.autocast(x_BTD.device.type, enabled=False):
-        return functional_call(score, lower, x_BTD.float()).squeeze(-1)
+    if torch.is_autocast_enabled(x_BTD.device.type):
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return _in_fp32(score, x_BTD)
+    # A model that is cast as a whole takes its routers along, all at once.
+    logits: Tensor
+    if next(score.parameters()).dtype == torch.float32:
+        logits = score(x_BTD.float())
+    else:
+        raised = {name: p.float() for name, p in score.named_parameters()}
+        logits = functional_call(score, raised, x_BTD.float())
+    return logits.squeeze(-1)
 
 
 _BUILDERS: dict[str, Callable[[RoutingConfig, int], Router]] = {

@@ -289,10 +289,9 @@ def post_norm_of(decoder: nn.Module, layer: nn.Module, kind: str) -> nn.Module |
     return norm
 
 
-def input_norm_of(decoder: nn.Module, layer: nn.Module) -> nn.Module | None:
-    """The norm that a layer begins with; None in post-norm families."""
-    names = family_of(decoder).input_norm
-    return next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+def input_norm_name(decoder: nn.Module, layer: nn.Module) -> str | None:
+    """The name of the norm that a layer begins with; None in post-norm families."""
+    return next((name for name in family_of(decoder).input_norm if hasattr(layer, name)), None)
 
 
 def first_of(output: Any) -> Tensor:

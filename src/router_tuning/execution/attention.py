@@ -18,7 +18,7 @@ from router_tuning.execution.handover import gated, hand_over, handed_in
 from router_tuning.execution.masked import masked_call
 from router_tuning.execution.skipping import skipping_call
 from router_tuning.execution.visibility import check_packed
-from router_tuning.units import Unit, first_of, is_sequence
+from router_tuning.units import Unit, first_of
 
 
 def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ def cache_layer(cache: Any, unit: Unit, context: ForwardContext) -> RoutedCacheL
     if cache is None:
         return None
     every_key = context.config.kv == "all"
-    if not every_key or is_sequence(context.granularity(unit)):
+    if not every_key or unit.kind in context.sequence_kinds:
         return touch(cache, unit.layer_idx, every_key=every_key)
     check_layer(cache, unit.layer_idx, every_key=every_key)
     return None

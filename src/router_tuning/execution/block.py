@@ -17,7 +17,7 @@ from router_tuning.execution.handover import handed_in
 from router_tuning.execution.masked import masked_call
 from router_tuning.execution.skipping import skipping_call
 from router_tuning.execution.visibility import check_packed
-from router_tuning.units import Unit, attention_of, family_of, first_of
+from router_tuning.units import Unit, attention_of, first_of
 
 
 def routed_block(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -44,4 +44,4 @@ def routed_block(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = skipping_call(
             dense_forward, attention, call, decided, memory, unit, context, call.x_BTD
         )
-    return (state, None) if family_of(context.decoder).layer_tuple else state
+    return (state, None) if context.family.layer_tuple else state

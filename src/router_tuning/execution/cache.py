@@ -231,40 +231,50 @@ def _pad_slots(x_BHSD: Tensor, grow: int) -> Tensor:
 
 class PrefixLogits:
     """The router logits of each row's first tokens, with their columns, so that a crop can take
-    them back.
+    them back. Once all rows have their prefix, its mean is kept on the host: what is decided is
+    then never asked of the device again.
     """
 
     def __init__(self, batch: int, decide_after: int, device: torch.device) -> None:
         self.logits_BP = torch.zeros((batch, decide_after), dtype=torch.float32, device=device)
-        self.columns_BP = torch.full((batch, decide_after), -1, device=device)
+        self.columns_BP = torch.full((batch, decide_after), -1)
+        self.settled_B: Tensor | None = None
 
     def add(
         self, logits_BT: Tensor, position_BT: Tensor, prefix_BT: Tensor, column_T: Tensor
     ) -> None:
         """Store the logits of the tokens where prefix_BT is True, by their position in the
-        sequence.
+        sequence. All but the logits lies on the host.
         """
         row, token = prefix_BT.nonzero(as_tuple=True)
-        self.logits_BP[row, position_BT[row, token]] = logits_BT[row, token].detach()
-        self.columns_BP[row, position_BT[row, token]] = column_T[token]
+        position = position_BT[row, token]
+        self.logits_BP[row, position] = logits_BT[row, token].detach()
+        self.columns_BP[row, position] = column_T[token]
+        self._settle()
 
     def sums(self) -> PrefixSums:
         """What has been seen so far."""
-        seen_BP = self.columns_BP >= 0
+        seen_BP = (self.columns_BP >= 0).to(self.logits_BP.device)
         return PrefixSums((self.logits_BP * seen_BP).sum(1), seen_BP.sum(1))
 
     def crop(self, length: int) -> None:
         """Forget the tokens from column `length` on."""
         self.columns_BP[self.columns_BP >= length] = -1
+        self._settle()
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Rearrange the rows."""
         self.logits_BP, self.columns_BP = pick(self.logits_BP), pick(self.columns_BP)
+        self._settle()
+
+    def _settle(self) -> None:
+        whole = bool((self.columns_BP >= 0).all())
+        self.settled_B = self.logits_BP.mean(1).cpu() if whole else None
 
 
 class PromptLogit:
-    """What each row's prompt decided: its mean router logit, and the column that the prompt ends
-    before.
+    """What each row's prompt decided, on the host: its mean router logit, and the column that the
+    prompt ends before.
     """
 
     def __init__(self, logit_B: Tensor, end_B: Tensor) -> None:
@@ -274,7 +284,7 @@ class PromptLogit:
     @classmethod
     def of(cls, logit_B: Tensor, prompt_BT: Tensor, column_T: Tensor) -> PromptLogit:
         """From the tokens of the prompts."""
-        return cls(logit_B.detach(), (prompt_BT * (column_T + 1)).amax(1))
+        return cls(logit_B.detach().cpu(), (prompt_BT * (column_T + 1)).amax(1).cpu())
 
     def outlives(self, length: int) -> bool:
         """Whether all prompts end within the first `length` columns."""

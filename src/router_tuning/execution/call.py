@@ -112,11 +112,19 @@ class Decided:
     soft_BT: Tensor | None
     logits_BT: Tensor | None
     always_BT: Tensor | None = None
+    on_host_BT: Tensor | None = None
+    """keep_BT, where the host decided."""
 
     @functools.cached_property
     def host_BT(self) -> Tensor:
         """The decisions on the host: the one time that a routed unit waits for the device."""
-        return self.keep_BT.cpu()
+        return self.keep_BT.cpu() if self.on_host_BT is None else self.on_host_BT
+
+    @functools.cached_property
+    def num_kept(self) -> int:
+        """For how many tokens the unit runs."""
+        host_BT = self.host_BT
+        return int(host_BT.item() if host_BT.numel() == 1 else host_BT.sum())
 
     @functools.cached_property
     def kept(self) -> Places:

@@ -24,12 +24,14 @@ from router_tuning.config import RoutingConfig
 from router_tuning.errors import BudgetError, ConfigError, UnsupportedCallError
 from router_tuning.record import ForwardRecord, Trace, UnitRecord
 from router_tuning.units import (
+    Family,
     Unit,
     decoder_layers,
     decoder_of,
+    family_of,
     granularity_of,
-    input_norm_of,
     is_sequence,
+    kind_of,
     post_norm_of,
     router_child,
 )
@@ -51,6 +53,8 @@ class Routing:
     config: RoutingConfig
     units: tuple[Unit, ...]
     num_units_of_kind: int
+    input_norms: tuple[str | None, ...] = ()
+    """Name of the norm that each layer begins with; None in post-norm families."""
     enabled: bool = True
 
     def cached_layers(self, num_layers: int) -> dict[int, bool]:
@@ -75,7 +79,7 @@ class Routing:
 class ForwardContext:
     """What one forward's units need to know."""
 
-    config: RoutingConfig
+    routing: Routing
     decoder: nn.Module
     cache: Any
     masked: bool
@@ -91,11 +95,26 @@ class ForwardContext:
     """Padding over all columns; None where there is none."""
     sequence_BT: Tensor | None
     """Index of the packed sequence of each token; None where a row is one sequence."""
-    threshold_B1: Tensor
+    host_threshold_B1: Tensor
     decider: Decider | None
     record: ForwardRecord
     prompt_BT: Tensor | None = None
     """With pooling="prompt": True at the tokens that decide; None where earlier ones did."""
+
+    @functools.cached_property
+    def config(self) -> RoutingConfig:
+        """Of the active adapter."""
+        return self.routing.config
+
+    @functools.cached_property
+    def family(self) -> Family:
+        """Of the decoder."""
+        return family_of(self.decoder)
+
+    @functools.cached_property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers that run."""
+        return decoder_layers(self.decoder)
 
     @property
     def rows(self) -> int:
@@ -106,6 +125,11 @@ class ForwardContext:
     def num_real(self) -> int:
         """Real tokens of this forward."""
         return self.real_BT.numel() if self.real_BC is None else int(self.host_real_BT.sum())
+
+    @functools.cached_property
+    def threshold_B1(self) -> Tensor:
+        """The logit that each row's units need."""
+        return self.host_threshold_B1.to(self.real_BT.device)
 
     # What units plan with lies on the host: it is brought there once a forward.
 
@@ -123,6 +147,11 @@ class ForwardContext:
         return torch.ones(self.real_BT.shape, dtype=torch.bool)
 
     @functools.cached_property
+    def host_column_T(self) -> Tensor:
+        """column_T on the host."""
+        return torch.arange(self.start, self.start + self.real_BT.shape[1])
+
+    @functools.cached_property
     def host_position_BT(self) -> Tensor:
         """position_BT on the host."""
         return self.position_BT.cpu()
@@ -132,28 +161,31 @@ class ForwardContext:
         """sequence_BT on the host."""
         return None if self.sequence_BT is None else self.sequence_BT.cpu()
 
-    def granularity(self, unit: Unit) -> str:
-        """The granularity under which a unit is routed."""
-        return granularity_of(self.config, unit)
+    @functools.cached_property
+    def sequence_kinds(self) -> frozenset[str]:
+        """The kinds of units that are decided for once a sequence."""
+        return frozenset(kind_of(g) for g in self.config.granularities if is_sequence(g))
 
     def post_norm(self, unit: Unit) -> nn.Module | None:
         """The norm after a unit in sandwich families."""
-        return post_norm_of(self.decoder, decoder_layers(self.decoder)[unit.layer_idx], unit.kind)
+        return post_norm_of(self.decoder, self.layers[unit.layer_idx], unit.kind)
 
     def read(self, unit: Unit, x_BTD: Tensor) -> Tensor:
         """What a unit's router reads of its input: a block's through the layer's first norm, and a
         raw residual (post-norm families) under an RMS norm without parameters.
         """
-        layer = decoder_layers(self.decoder)[unit.layer_idx]
-        norm = input_norm_of(self.decoder, layer)
+        norm = self.routing.input_norms[unit.layer_idx]
         if norm is None:
             scale = x_BTD.float().square().mean(-1, keepdim=True).add(RMS_EPSILON).rsqrt()
             return (x_BTD * scale).to(x_BTD.dtype)
-        return norm(x_BTD) if unit.kind == "block" else x_BTD
+        if unit.kind != "block":
+            return x_BTD
+        normed: Tensor = getattr(self.layers[unit.layer_idx], norm)(x_BTD)
+        return normed
 
     def router(self, unit: Unit) -> nn.Module:
         """The router beside a unit."""
-        return router_beside(decoder_layers(self.decoder), unit)
+        return router_beside(self.layers, unit)
 
     def note(self, unit: Unit, record: UnitRecord) -> None:
         """Record what a unit ran. The first time counts: activation checkpointing runs a layer
@@ -416,7 +448,7 @@ def open_forward(
         else real_BC[:, start:]
     )
     return ForwardContext(
-        config=routing.config,
+        routing=routing,
         decoder=decoder,
         cache=cache,
         masked=path == "masked",
@@ -426,7 +458,7 @@ def open_forward(
         column_T=column_T,
         real_BC=real_BC,
         sequence_BT=sequence_BT,
-        threshold_B1=_threshold_column(thresholds, batch, inputs.device, options.lowered_B),
+        host_threshold_B1=_threshold_column(thresholds, batch, options.lowered_B),
         decider=options.decider,
         record=ForwardRecord(start, real_BT, routing.config.kv == "kept", sequence_BT=sequence_BT),
     )
@@ -474,18 +506,16 @@ def _positions(
     return column_T - torch.where(begins_BT, column_T, 0).cummax(1).values
 
 
-def _threshold_column(
-    thresholds: list[float], batch: int, device: torch.device, lowered_B: Tensor | None
-) -> Tensor:
+def _threshold_column(thresholds: list[float], batch: int, lowered_B: Tensor | None) -> Tensor:
     if not thresholds or batch % len(thresholds):
         raise BudgetError(
             f"budget must be one number or one a row: got {len(thresholds)} budgets for {batch} "
             "rows"
         )
     # Beams and num_return_sequences repeat the rows of a batch.
-    values = torch.tensor(thresholds, dtype=torch.float32, device=device)
+    values = torch.tensor(thresholds, dtype=torch.float32)
     column_B1 = values.repeat_interleave(batch // len(thresholds))[:, None]
-    return column_B1 if lowered_B is None else column_B1 - lowered_B.to(device)[:, None]
+    return column_B1 if lowered_B is None else column_B1 - lowered_B.cpu()[:, None]
 
 
 def default_path(decoder: nn.Module, routing: Routing) -> Path:

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens of this forward, D hidden.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from router_tuning.decide import Decision, pool_prefix, pool_prompt
@@ -12,7 +13,7 @@ from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.cache import PrefixLogits, PromptLogit, RoutedCacheLayer
 from router_tuning.execution.call import Decided
 from router_tuning.execution.context import ForwardContext
-from router_tuning.units import Unit, is_sequence
+from router_tuning.units import Unit
 
 
 def decide(
@@ -30,9 +31,15 @@ def decide(
             "leave its layer out of `layers`"
         )
     if context.decider is not None:
-        keep_BT = context.decider(unit, context.read(unit, x_BTD), context) & context.real_BT
+        keep_BT = _at_real(context.decider(unit, context.read(unit, x_BTD), context), context)
         return Decided(keep_BT, keep_BT.float() if context.masked else None, None)
+    settled_B = _settled(unit, context, layer)
+    if settled_B is not None:
+        return _as_settled(settled_B, context)
     decision = _decision(unit, x_BTD, context, layer)
+    settled_B = _settled(unit, context, layer)
+    if settled_B is not None:  # with this forward
+        return _as_settled(settled_B, context, decision.always_BT)
     logits_BT = decision.logits_BT.detach()
     if context.masked:
         # Padding is gated like any token, since nobody reads it: fresh routers then change no bit
@@ -41,14 +48,42 @@ def decide(
         return Decided(
             (soft_BT.detach() > 0.5) & context.real_BT, soft_BT, logits_BT, decision.always_BT
         )
-    keep_BT = decision.keep(context.threshold_B1) & context.real_BT
+    keep_BT = _at_real(decision.keep(context.threshold_B1), context)
     return Decided(keep_BT, None, logits_BT, decision.always_BT)
+
+
+def _settled(unit: Unit, context: ForwardContext, layer: RoutedCacheLayer | None) -> Tensor | None:
+    """The logit by which earlier forwards decided for each row, on the host: (B,)."""
+    if layer is None or unit.kind not in context.sequence_kinds:
+        return None
+    if context.config.pooling == "prefix":
+        prefix = layer.prefixes.get(unit.name)
+        return None if prefix is None else prefix.settled_B
+    return layer.prompts[unit.name].logit_B if context.prompt_BT is None else None
+
+
+def _as_settled(
+    logit_B: Tensor, context: ForwardContext, always_BT: Tensor | None = None
+) -> Decided:
+    """What follows from a decision that the host knows; the device is not asked."""
+    shape, device = context.real_BT.shape, context.real_BT.device
+    keep_BT = (logit_B[:, None] >= context.host_threshold_B1).expand(shape)
+    if always_BT is not None:
+        keep_BT = keep_BT | (context.host_position_BT < context.config.decide_after)
+    if context.real_BC is not None:
+        keep_BT = keep_BT & context.host_real_BT
+    logits_BT = logit_B[:, None].expand(shape).to(device)
+    return Decided(keep_BT.to(device), None, logits_BT, always_BT, keep_BT)
+
+
+def _at_real(keep_BT: Tensor, context: ForwardContext) -> Tensor:
+    return keep_BT if context.real_BC is None else keep_BT & context.real_BT
 
 
 def _decision(
     unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
 ) -> Decision:
-    if not is_sequence(context.granularity(unit)):
+    if unit.kind not in context.sequence_kinds:
         return Decision(context.router(unit)(context.read(unit, x_BTD)))
     if context.config.pooling == "prompt":
         return _by_prompt(unit, x_BTD, context, layer)
@@ -59,8 +94,8 @@ def _by_prefix(
     unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
 ) -> Decision:
     """The first tokens of a sequence run, and decide for its later ones."""
-    logits_BT = context.router(unit)(context.read(unit, x_BTD))
     after = context.config.decide_after
+    logits_BT = _prefix_logits(unit, x_BTD, context, layer)
     prefix = None if layer is None else layer.prefixes.get(unit.name)
     if layer is not None and prefix is None:
         prefix = layer.prefixes[unit.name] = PrefixLogits(context.rows, after, x_BTD.device)
@@ -69,22 +104,33 @@ def _by_prefix(
         logits_BT, context.position_BT, context.real_BT, after, past, context.sequence_BT
     )
     if prefix is not None:
-        prefix_BT = context.real_BT & (context.position_BT < after)
-        prefix.add(logits_BT, context.position_BT, prefix_BT, context.column_T)
+        prefix_BT = context.host_real_BT & (context.host_position_BT < after)
+        prefix.add(logits_BT, context.host_position_BT, prefix_BT, context.host_column_T)
     return decision
+
+
+def _prefix_logits(
+    unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
+) -> Tensor:
+    """The router's logits (B, T) of the tokens up to the last that decides; zeros behind it."""
+    router = context.router(unit)
+    if layer is None:
+        whole_BT: Tensor = router(context.read(unit, x_BTD))
+        return whole_BT
+    deciding_T = (context.host_position_BT < context.config.decide_after).any(0)
+    end = int(deciding_T.nonzero().max()) + 1 if bool(deciding_T.any()) else 0
+    logits_BT: Tensor = router(context.read(unit, x_BTD[:, :end]))
+    return torch.nn.functional.pad(logits_BT, (0, x_BTD.shape[1] - end))
 
 
 def _by_prompt(
     unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
 ) -> Decision:
     """The prompt decides for itself and for all that follows; the router sees nothing else."""
-    if context.prompt_BT is None:
-        assert layer is not None, "the door lets no forward pass that neither knows nor remembers"
-        logit_B = layer.prompts[unit.name].logit_B
-    else:
-        prompt_1ND = x_BTD[context.prompt_BT][None]
-        logits_N = context.router(unit)(context.read(unit, prompt_1ND))[0]
-        logit_B = pool_prompt(logits_N, context.prompt_BT)
-        if layer is not None:
-            layer.prompts[unit.name] = PromptLogit.of(logit_B, context.prompt_BT, context.column_T)
+    assert context.prompt_BT is not None, "the door lets nothing pass that is not known"
+    prompt_1ND = x_BTD[context.prompt_BT][None]
+    logits_N = context.router(unit)(context.read(unit, prompt_1ND))[0]
+    logit_B = pool_prompt(logits_N, context.prompt_BT)
+    if layer is not None:
+        layer.prompts[unit.name] = PromptLogit.of(logit_B, context.prompt_BT, context.column_T)
     return Decision(logit_B[:, None].expand(context.real_BT.shape))

@@ -39,7 +39,7 @@ from router_tuning.execution.keys import (
 from router_tuning.execution.places import MadeKeys, Places
 from router_tuning.execution.rows import Kernel, Reach, RowKeys, attend
 from router_tuning.execution.visibility import sliding_window_of
-from router_tuning.units import Unit, family_of, first_of, is_found
+from router_tuning.units import Unit, first_of, is_found
 
 IMPLEMENTATION = "router_tuning_rows"
 """The name of our attention function in transformers' interface."""
@@ -66,7 +66,7 @@ def can_run_flat(attention: nn.Module, context: ForwardContext) -> bool:
     kind = type(attention)
     return (
         kind not in _expanding
-        and not family_of(context.decoder).expands_keys
+        and not context.family.expands_keys
         and not is_found(context.decoder)
         and attention.__dict__.get("dense_forward") is None
         and getattr(attention, "is_causal", False) is True

@@ -17,7 +17,7 @@ from router_tuning.execution.call import Decided, UnitCall
 from router_tuning.execution.context import ForwardContext
 from router_tuning.execution.places import MadeKeys, Places
 from router_tuning.execution.projections import keys_values
-from router_tuning.units import Unit, decoder_layers, family_of, input_norm_of
+from router_tuning.units import Unit
 
 
 class HandedCache:
@@ -60,7 +60,7 @@ def lasting(keep_BT: Tensor, context: ForwardContext) -> Tensor:
 
 def written(decided: Decided, call: UnitCall, context: ForwardContext) -> Tensor:
     """Tokens whose key and value are made, on the host: (B, T)."""
-    if call.cache is None and not len(decided.kept):
+    if call.cache is None and not decided.num_kept:
         return torch.zeros_like(decided.host_BT)  # nobody will ever ask for them
     if context.config.kv_window:
         return context.host_real_BT
@@ -83,11 +83,11 @@ def keys_of(
     if not len(places):
         return None
     row_N, token_N = places.there
-    if family_of(context.decoder).parts:
+    if context.family.parts:
         x_ND = call.x_BTD[row_N, token_N]
-        norm = input_norm_of(context.decoder, decoder_layers(context.decoder)[unit.layer_idx])
+        norm = context.routing.input_norms[unit.layer_idx]
         if unit.kind == "block" and norm is not None:
-            x_ND = norm(x_ND)
+            x_ND = getattr(context.layers[unit.layer_idx], norm)(x_ND)
         rope = (places.pick(call.rope[0]), places.pick(call.rope[1]))
         return MadeKeys(places, *keys_values(attention, x_ND, rope))
     taken: list[Tensor] = []

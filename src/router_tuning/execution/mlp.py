@@ -16,7 +16,7 @@ from router_tuning.execution.call import UnitCall
 from router_tuning.execution.context import ForwardContext, original_forward
 from router_tuning.execution.deciding import decide
 from router_tuning.execution.handover import gated, taken_over
-from router_tuning.units import Unit, family_of, first_of, is_sequence
+from router_tuning.units import Unit, first_of
 
 
 def routed_mlp(mlp: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -33,16 +33,14 @@ def routed_mlp(mlp: nn.Module, *args: Any, **kwargs: Any) -> Any:
         assert decided.soft_BT is not None
         output = dense_forward(x_BTD)
         return _like(output, gated(first_of(output), decided.soft_BT, unit, context))
-    num_kept = int(decided.keep_BT.sum())
-    if num_kept == context.num_real:
+    if decided.num_kept == context.num_real:
         return dense_forward(x_BTD)
-    state_BTD = x_BTD.new_zeros(x_BTD.shape)
-    output = (state_BTD, None) if family_of(context.decoder).mlp_tuple else state_BTD
-    if num_kept:
-        output = dense_forward(x_BTD[decided.keep_BT][None])
-        # autocast changes the dtype
-        state_BTD[decided.keep_BT] = first_of(output)[0].to(state_BTD.dtype)
-    return _like(output, state_BTD)
+    if not decided.num_kept:
+        nothing_BTD = x_BTD.new_zeros(x_BTD.shape)
+        return (nothing_BTD, None) if context.family.mlp_tuple else nothing_BTD
+    output = dense_forward(x_BTD[decided.kept.there][None])
+    # Autocast changes the dtype.
+    return _like(output, decided.kept.put(first_of(output)[0].to(x_BTD.dtype)))
 
 
 def _like(output: Any, state_BTD: Tensor) -> Any:
@@ -52,6 +50,6 @@ def _like(output: Any, state_BTD: Tensor) -> Any:
 
 def _cache_layer(unit: Unit, context: ForwardContext) -> RoutedCacheLayer | None:
     """Where a sequence decision is remembered from one forward to the next."""
-    if context.cache is None or not is_sequence(context.granularity(unit)):
+    if context.cache is None or unit.kind not in context.sequence_kinds:
         return None
     return touch(context.cache, unit.memory, every_key=True)

@@ -34,7 +34,7 @@ def skipping_call(
     """What a unit gives (B, T, D): at its kept tokens what its own forward does, at the others what
     is given for skipped ones, zeros for None. The attention is the unit's own, or the unit itself.
     """
-    if len(decided.kept) == context.num_real and (layer is None or layer.store is None):
+    if decided.num_kept == context.num_real and (layer is None or layer.store is None):
         context.note(unit, decided.record(context.real_BT, context))
         return first_of(call.run(dense_forward))
     write_BT = written(decided, call, context)
@@ -43,7 +43,7 @@ def skipping_call(
         layer.begin_skipping(context.rows, context.config.kv_window, context.host_real_BC)
     places = Places.where(write_BT & ~decided.host_BT, call.x_BTD.device)
     extra = keys_of(places, dense_forward, attention, call, unit, context)
-    if not len(decided.kept):
+    if not decided.num_kept:
         _store(extra, call, decided, layer, unit, context)
         return call.x_BTD.new_zeros(call.x_BTD.shape) if skipped_BTD is None else skipped_BTD
     if can_run_flat(attention, context):

@@ -27,7 +27,7 @@ from router_tuning.units import (
     cache_argument,
     decoder_layers,
     first_of,
-    input_norm_of,
+    input_norm_name,
     part_of,
     post_norm_of,
 )
@@ -153,10 +153,17 @@ def _watched(decoder: nn.Module) -> Iterator[None]:
             given: list[Tensor] = []
             part = part_of(decoder, layer, unit.kind)
             stack.callback(part.register_forward_hook(_keep(given, unit, decoder)).remove)
-            known = (post_norm_of(decoder, layer, unit.kind), input_norm_of(decoder, layer))
+            post_norm, input_norm = (
+                post_norm_of(decoder, layer, unit.kind),
+                input_norm_name(decoder, layer),
+            )
             children = [] if unit.kind == "block" else list(layer.named_children())
             for name, child in children:
-                if child not in known and not isinstance(child, nn.Dropout):
+                if (
+                    child is not post_norm
+                    and name != input_norm
+                    and not isinstance(child, nn.Dropout)
+                ):
                     hook = _refuse(given, f"{name!r} takes what {unit.name} gives", decoder)
                     stack.callback(child.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
