@@ -515,6 +515,45 @@ def test_eval_writes_the_form_of_the_issue(home: Path, adapter: Path, tmp_path: 
     assert f"{document['dense']['loss']:.4f}" in said
 
 
+def test_bench_measures_an_adapter(home: Path, adapter: Path, tmp_path: Path) -> None:
+    file, figure = tmp_path / "b.json", tmp_path / "b.png"
+    options = ["--prompt-tokens", "20,40", "--batch-size", "1,2", "--new-tokens", "2"]
+    more = ["--repeats", "1", "--json", file, "--figure", figure, "--data", home / "plain.txt"]
+    said = run("bench", "--adapter", adapter, "--budgets", "0.9,0.8", *options, *more).out
+    document = read(file)
+    assert len(document["cells"]) == 8
+    assert {cell["budget"] for cell in document["cells"]} == {0.9, 0.8}
+    assert document["adapter"]["granularity"] == "attn_token"
+    assert document["run"]["data"] == {"text": str(home / "plain.txt")}
+    assert document["run"]["threads"] >= 1
+    assert figure.stat().st_size > 0
+    assert "floor" in said
+    assert "prefill" in said
+
+
+def test_bench_takes_held_back_text_and_the_adapters_own_budget(
+    adapter: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "b.json"
+    options = ["--prompt-tokens", "20", "--batch-size", "1", "--new-tokens", "0", "--repeats", "1"]
+    run("bench", "--adapter", adapter, *options, "--json", file)
+    (cell,) = read(file)["cells"]
+    assert cell["budget"] is None
+    assert cell["decode"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--prompt-tokens", "a"], "--prompt-tokens wants whole numbers"),
+        (["--batch-size", "0"], "--batch-size wants numbers of at least 1"),
+        (["--budgets", "0.2"], "0.2"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_measure(adapter: Path, options: list[str], said: str) -> None:
+    assert said in refused(2, "bench", "--adapter", adapter, *options)
+
+
 CONTROLS = ("random", "random_uniform", "static_cosine", "static_greedy", "learned_static")
 
 

@@ -1,0 +1,140 @@
+"""The measurements that set how a row attends (src/router_tuning/execution/rows.py).
+
+Times ways to compute the same attention against each other, on one device, and writes one JSON:
+
+    python benchmarks/attention_choices.py --threads 1 \\
+        --json benchmarks/results/attention-choices.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from router_tuning.cli.records import device_name, versions, write_json
+
+HEADS, KEY_HEADS, WIDTH = 9, 3, 64
+"""Of SmolLM2-135M."""
+Ways = dict[str, Callable[[], Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    made = {"device": torch.device(options.device), "dtype": getattr(torch, options.dtype)}
+    found = []
+    for tokens in (512, 2048, 4096):
+        for name, ways in (
+            ("every second token asks, all are keys", _half_of(tokens, made)),
+            ("one query of one row", _one_query(1, tokens, made)),
+            ("one query of four rows out of eight", _one_query(8, tokens, made)),
+        ):
+            found.append({"what": name, "keys": tokens, "seconds": _times(ways, options.repeats)})
+            print(found[-1], flush=True)
+    result = {
+        "heads": HEADS,
+        "key_heads": KEY_HEADS,
+        "width": WIDTH,
+        "found": found,
+        "run": {
+            "command": shlex.join(["python", *sys.argv]),
+            "seeds": [0],
+            "versions": versions(),
+            "device": device_name(made["device"]),
+            "dtype": options.dtype,
+            "threads": options.threads,
+            "repeats": options.repeats,
+        },
+    }
+    write_json(Path(options.json), result)
+
+
+def _half_of(tokens: int, made: dict[str, Any]) -> Ways:
+    """kv="all": queries of the kept tokens over all keys, beside dense and the compacted form."""
+    query, key, value = (torch.randn(1, h, tokens, WIDTH, **made) for h in _HEADS)
+    column_L = torch.arange(0, tokens, 2)
+    kept = query[:, :, column_L].contiguous()
+    short = key[:, :, : len(column_L)], value[:, :, : len(column_L)]
+    column_K = torch.arange(tokens)
+
+    def blocks(size: int) -> Tensor:
+        parts = []
+        for some in column_L.split(size):
+            end = int(some[-1]) + 1
+            mask = (some[:, None] >= column_K[:end])[None, None].to(key.device)
+            begin = int(some[0]) // 2
+            asking = kept[:, :, begin : begin + len(some)]
+            parts.append(sdpa(asking, key[:, :, :end], value[:, :, :end], mask, enable_gqa=True))
+        return torch.cat(parts, dim=2)
+
+    whole = (column_L[:, None] >= column_K)[None, None].to(key.device)
+    return {
+        "dense, causal": lambda: sdpa(query, key, value, is_causal=True, enable_gqa=True),
+        "kept keys only, causal": lambda: sdpa(kept, *short, is_causal=True, enable_gqa=True),
+        "one masked call": lambda: sdpa(kept, key, value, whole, enable_gqa=True),
+        **{f"blocks of {n}": lambda n=n: blocks(n) for n in (16, 32, 64, 128, 256)},
+    }
+
+
+def _one_query(rows: int, tokens: int, made: dict[str, Any]) -> Ways:
+    """Decoding: every second row asks."""
+    query, key, value = (torch.randn(rows, h, tokens, WIDTH, **made) for h in _HEADS)
+    query = query[:, :, :1].contiguous()
+    asking = list(range(0, rows, 2))
+    index = torch.tensor(asking, device=key.device)
+    mask = torch.ones(rows, 1, 1, tokens, dtype=torch.bool, device=key.device)
+
+    def grouped(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None = None) -> Tensor:
+        return sdpa(q.view(len(q), KEY_HEADS, HEADS // KEY_HEADS, WIDTH), k, v, m)
+
+    def loop(of: Callable[..., Tensor]) -> list[Tensor]:
+        return [of(query[r : r + 1], key[r : r + 1], value[r : r + 1]) for r in asking]
+
+    return {
+        "loop on views, groups as rows": lambda: loop(grouped),
+        "loop on views, enable_gqa": lambda: loop(lambda *x: sdpa(*x, enable_gqa=True)),
+        "gathered rows, groups as rows": lambda: grouped(query[index], key[index], value[index]),
+        "all rows under a mask, groups as rows": lambda: grouped(query, key, value, mask),
+        "all rows, enable_gqa": lambda: sdpa(query, key, value, enable_gqa=True),
+    }
+
+
+_HEADS = (HEADS, KEY_HEADS, KEY_HEADS)
+
+
+def _times(ways: Ways, repeats: int) -> dict[str, float]:
+    """Median seconds of each way; they take turns."""
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, way in ways.items():
+            start = _now()
+            way()
+            took[name].append(_now() - start)
+    return {name: statistics.median(times[1:]) for name, times in took.items()}
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Choices of how a row attends, against the plain formula over all pairs."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from router_tuning.execution import rows
+from router_tuning.execution.rows import Kernel, Reach, RowKeys, attend
+from router_tuning.units import decoder_layers, decoder_of
+from tiny import tiny_model
+
+HEADS, KEY_HEADS, WIDTH = 4, 2, 8
+SCALE = WIDTH**-0.5
+
+
+def eager_of_llama() -> Kernel:
+    attention = decoder_layers(decoder_of(tiny_model("llama")))[0].self_attn
+    assert attention.num_key_value_groups == HEADS // KEY_HEADS
+    function = sys.modules[type(attention).__module__].eager_attention_forward
+    return Kernel(function, attention, {"scaling": SCALE, "dropout": 0.0})
+
+
+KERNELS = {
+    "sdpa": lambda: Kernel(None, None, {"scaling": SCALE, "dropout": 0.0}),
+    "eager": eager_of_llama,
+}
+
+
+def plainly(query: Tensor, keys: RowKeys, seen_LK: Tensor) -> Tensor:
+    """Softmax over what is seen, one pair of heads at a time: (1, L, H, D)."""
+    groups = query.shape[1] // keys.key.shape[1]
+    heads = []
+    for head in range(query.shape[1]):
+        key, value = keys.key[0, head // groups], keys.value[0, head // groups]
+        scores = (query[0, head] @ key.T * SCALE).masked_fill(~seen_LK, -torch.inf)
+        heads.append(scores.softmax(-1) @ value)
+    return torch.stack(heads, dim=1)[None]
+
+
+def visible(query: int, key: int, lasting: bool, reach: Reach) -> bool:
+    near = reach.sliding is None or query - key < reach.sliding
+    return 0 <= key <= query and near and (lasting or query - key < reach.window)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("block", [3, 64])
+@pytest.mark.parametrize(
+    ("window", "sliding", "number"), list(itertools.product([0, 5], [None, 9], [1, 14]))
+)
+def test_blocks_read_what_the_formula_says(
+    kernel: str,
+    block: int,
+    window: int,
+    sliding: int | None,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rows, "BLOCK", block)
+    generator = torch.Generator().manual_seed(7 * number + window)
+    column_K = torch.randperm(40, generator=generator)[:30].sort().values
+    lasting_K = torch.rand(30, generator=generator) < 0.5
+    column_L = column_K[lasting_K][-number:]  # a query's own key is always there
+    empty = torch.rand(30, generator=generator) < 0.2
+    empty &= ~torch.isin(column_K, column_L)
+    column_K = column_K.masked_fill(empty, -1)
+    order = torch.randperm(30, generator=generator)  # slots of a ring lie in any order
+    column_K, lasting_K = column_K[order], lasting_K[order]
+    query = torch.randn(1, HEADS, len(column_L), WIDTH, generator=generator)
+    key, value = (torch.randn(1, KEY_HEADS, 30, WIDTH, generator=generator) for _ in range(2))
+    keys, reach = RowKeys(key, value, column_K, lasting_K), Reach(window, sliding)
+    seen_LK = torch.tensor(
+        [
+            [
+                visible(q, k, f, reach)
+                for k, f in zip(column_K.tolist(), lasting_K.tolist(), strict=True)
+            ]
+            for q in column_L.tolist()
+        ]
+    )
+    output = attend(KERNELS[kernel](), query, column_L, keys, reach)
+    assert output.shape == (1, len(column_L), HEADS, WIDTH)
+    assert (output - plainly(query, keys, seen_LK)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("number", [1, 6])
+def test_without_columns_it_is_plainly_causal_or_all(kernel: str, number: int) -> None:
+    torch.manual_seed(0)
+    length = number if number > 1 else 9
+    query = torch.randn(1, HEADS, number, WIDTH)
+    keys = RowKeys(*torch.randn(2, 1, KEY_HEADS, length, WIDTH))
+    seen_LK = torch.ones(number, length, dtype=torch.bool).tril(length - number)
+    output = attend(KERNELS[kernel](), query, torch.arange(number), keys, Reach(0, None))
+    assert (output - plainly(query, keys, seen_LK)).abs().max() < 1e-5
+
+
+def test_keys_side_by_side_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kv="all" reads a slice of the cache, however many queries skip."""
+    taken: list[Tensor] = []
+    kernel = KERNELS["sdpa"]()
+    monkeypatch.setattr(
+        Kernel, "__call__", lambda self, q, k, v, m: taken.append(k) or q.transpose(1, 2)
+    )
+    key = torch.randn(1, KEY_HEADS, 200, WIDTH)
+    column_L = torch.arange(0, 200, 2)
+    query = torch.randn(1, HEADS, 100, WIDTH)
+    attend(kernel, query, column_L, RowKeys(key, key, torch.arange(200)), Reach(0, None))
+    assert [k.shape[2] for k in taken] == [127, 199]  # up to the last query of a block
+    assert all(k.untyped_storage().data_ptr() == key.untyped_storage().data_ptr() for k in taken)
