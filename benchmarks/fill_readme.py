@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+MODELS = ("smollm2-135m", "gemma3-270m")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 KEPT = (0.9, 0.85, 0.8, 0.75, 0.7)
 MEASURES = {"loss": "all tokens", "answer_loss": "answers"}
@@ -23,7 +25,18 @@ NAMES = {
     "all": '`attn_token`, `kv="all"`',
     "sequence": "`attn_sequence`",
     "learned_static": "learned static",
+    "mlp_token": "`mlp_token`",
+    "mlp_sequence": "`mlp_sequence`",
+    "block_token": '`block_token`, `kv="kept"`, sink 4, window 16',
+    "block_sequence": "`block_sequence`",
 }
+UNITS = {
+    "attention": ("", ("all", "kept_window", "sequence")),
+    "MLP": ("-mlp", ("mlp_token", "mlp_sequence")),
+    "block": ("-block", ("block_token", "block_sequence")),
+}
+"""What is routed: the end of its result file's name, and its settings."""
+UNITS_KEPT = (0.9, 0.75)
 
 
 def main() -> int:
@@ -31,9 +44,14 @@ def main() -> int:
     text = readme.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    parts = [_demo(path) for path in sorted((ROOT / "benchmarks/results").glob("demo*.json"))]
+    parts = [_demo(path) for path in sorted(RESULTS.glob("demo*.json"))]
+    parts += [_speed(path) for path in sorted(RESULTS.glob("bench-*.json"))]
+    parts += [_units(model) for model in MODELS if _result(f"quality-{model}-mlp")]
     parts += [
-        _quality(path) for path in sorted((ROOT / "benchmarks/results").glob("quality*.json"))
+        _quality(path)
+        for model in MODELS
+        for path in (RESULTS / f"quality-{model}.json", RESULTS / f"quality-lm-{model}.json")
+        if path.exists()
     ]
     filled = f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
     if "--check" in sys.argv:
@@ -42,6 +60,117 @@ def main() -> int:
         return int(filled != text)
     readme.write_text(filled)
     return 0
+
+
+def _result(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
+
+
+def _units(model: str) -> str:
+    """All granularities of a model beside the controls of their kind of unit, one seed."""
+    files = {kind: f"quality-{model}{end}" for kind, (end, _) in UNITS.items()}
+    found = {kind: document for kind, name in files.items() if (document := _result(name))}
+    texts = list(next(iter(found.values()))["dense"])
+    links = ", ".join(f"[{files[k]}.json](benchmarks/results/{files[k]}.json)" for k in found)
+    columns = [f"{text}, {kept:.2f}" for text in texts for kept in UNITS_KEPT]
+    lines = [
+        f"**{model}, all granularities** (one seed; {links}). Extra loss over all tokens in nats a "
+        "token, at the kept fraction of the kind of unit:",
+        "",
+        f"| unit | what decides | {' | '.join(columns)} | tuned on |",
+        "|---|---|" + "---|" * (len(columns) + 1),
+    ]
+    for kind, document in found.items():
+        for label, tokens, curves in _deciders(document, UNITS[kind][1], texts):
+            cells = [
+                _cell([_at(sorted([*curves[text], (1.0, 0.0)]), kept)])
+                for text in texts
+                for kept in UNITS_KEPT
+            ]
+            lines.append(f"| {kind} | {label} | {' | '.join(cells)} | {tokens} |")
+    return "\n".join(lines)
+
+
+def _deciders(
+    document: dict[str, Any], settings: tuple[str, ...], texts: list[str]
+) -> list[tuple[str, str, dict[str, list[tuple[float, float]]]]]:
+    """Label, tokens of tuning, and points (kept fraction, extra loss) for each text."""
+
+    def points(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[tuple[float, float]]]:
+        return {
+            text: [
+                (row["kept_fraction"], row["loss"] - document["dense"][text]["loss"])
+                for row in rows[text]
+            ]
+            for text in texts
+        }
+
+    found = []
+    for setting in settings:
+        runs = [r for r in document["runs"] if r["setting"] == setting and r["seed"] == 0]
+        if runs:
+            tokens = f"{runs[-1]['tuning']['train_tokens']:,}"
+            found.append((NAMES[setting], tokens, points(runs[-1]["routed"])))
+    for kind in ("cosine", "greedy"):
+        if kind in document.get("static", {}).get(texts[0], {}):
+            rows = {text: document["static"][text][kind] for text in texts}
+            found.append((f"static, {kind}", "-", points(rows)))
+    if "random" in document:
+        found.append(("random", "-", points(document["random"])))
+    return found
+
+
+def _speed(path: Path) -> str:
+    """Times over dense, and the share of the possible saving."""
+    document = json.loads(path.read_text())
+    run, adapter = document["run"], document["adapter"]
+    lines = [
+        f"**Speed of {_adapter(adapter)}** ({document['model']}, {run['device']}, {run['dtype']}, "
+        f"{run['threads']} threads; [{path.name}](benchmarks/results/{path.name})). Time over "
+        "dense; in brackets the realised saving, a star where it is too small to tell:",
+        "",
+        "| rows x prompt | kept | prefill | decode | all kept: prefill, decode | floor: prefill, "
+        "decode | masked: prefill | cache over dense |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in document["cells"]:
+        prefill, decode = (
+            cell["prefill"]["over_dense"],
+            (cell["decode"] or {}).get("over_dense", {}),
+        )
+        cache = cell["kv_bytes_counted"]
+        masked = f"{prefill['masked']:.2f}" if "masked" in prefill else "-"
+        pairs = [
+            f"{prefill[n]:.2f}, {decode[n]:.2f}" if n in decode else f"{prefill[n]:.2f}"
+            for n in ("all_kept", "floor")
+        ]
+        lines.append(
+            f"| {cell['batch_size']} x {cell['prompt_tokens']} | {cell['kept_of_routed']:.2f} | "
+            f"{_saving(cell['prefill'])} | {_saving(cell['decode'])} | {' | '.join(pairs)} | "
+            f"{masked} | {cache['routed'] / cache['dense']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _adapter(adapter: dict[str, Any]) -> str:
+    granularity = adapter["granularity"]
+    names = granularity if isinstance(granularity, str) else ", ".join(granularity)
+    if names.startswith("mlp"):
+        return f"`{names}`"
+    window = f", sink {adapter['kv_sink']}, window {adapter['kv_window']}"
+    return f'`{names}`, `kv="{adapter["kv"]}"`' + (window if adapter["kv_window"] else "")
+
+
+def _saving(phase: dict[str, Any] | None) -> str:
+    if phase is None:
+        return "-"
+    saved = phase["realised_saving"].get("routed")
+    mark = "" if phase["conclusive"] else "*"
+    return f"{phase['over_dense']['routed']:.2f}" + (
+        "" if saved is None else f" ({saved:.2f}{mark})"
+    )
 
 
 def _quality(path: Path) -> str:
@@ -91,7 +220,8 @@ def _name(run: dict[str, Any]) -> str:
     """The setting, and the learning rates of weights and biases."""
     tuning = run["tuning"]
     rates = f"{tuning['learning_rate']:g} / {tuning['bias_learning_rate']:g}"
-    return f"{NAMES[run['setting']]}; {rates}"
+    text = tuning.get("lm_weight", 0)
+    return f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "")
 
 
 def _demo(path: Path) -> str:

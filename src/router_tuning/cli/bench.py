@@ -88,6 +88,7 @@ def bench(
     with bar("Measuring") as progress:
         cells = measure(loaded.model, ids_N, plan, progress=progress)
     result: dict[str, Any] = {
+        "model": loaded.name,
         "adapter": _described(loaded.model),
         "cells": cells,
         "run": run_record(
