@@ -28,11 +28,15 @@ DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 ROWS = (*FAMILIES, *PARTLY, *FOUND)
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
+    "left-padded batch": {},
+    "sampling, 2 answers": {"do_sample": True, "num_return_sequences": 2},
     "beams": {"num_beams": 3},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
     "static cache": {"cache_implementation": "static"},
 }
 """Ways to generate; each must give what it gives without a cache, or what greedy search does."""
+OF_ITS_OWN = ("beams", "sampling, 2 answers", "left-padded batch")
+"""Ways that give something else than greedy search on one prompt."""
 COLUMNS = ("family", "known by", *GRANULARITIES, *MODES)
 KEYS = {"all": ("all", 0, 0), "kept": ("kept", 0, 0), "window": ("kept", 5, 3)}
 BATCHES = {"1": batch(rows=1, padded=False), "3, padded": batch()}
@@ -152,7 +156,7 @@ def _generation(model: Any, family: str, granularity: str, mode: str) -> str:
     randomize(model)
     try:
         got = _text(model, mode, use_cache=True)
-        wanted = _text(model, "beams" if mode == "beams" else "greedy", use_cache=False)
+        wanted = _text(model, mode if mode in OF_ITS_OWN else "greedy", use_cache=False)
     except (RouterTuningError, ValueError, NotImplementedError) as error:
         return _brace(error)  # some of them are transformers' own
     finally:
@@ -163,11 +167,14 @@ def _generation(model: Any, family: str, granularity: str, mode: str) -> str:
 
 
 def _text(model: Any, mode: str, *, use_cache: bool) -> Tensor:
-    ids = token_ids(1, 9, seed=3)
+    ids = token_ids(3 if mode == "left-padded batch" else 1, 9, seed=3)
     mask = torch.ones_like(ids)
+    for row in range(1, len(ids)):
+        mask[row, : 3 * row] = 0
+    torch.manual_seed(0)
     length = {"min_new_tokens": 7, "max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
     text: Tensor = model.generate(
-        ids, attention_mask=mask, use_cache=use_cache, **length, **MODES[mode]
+        ids * mask, attention_mask=mask, use_cache=use_cache, **{**length, **MODES[mode]}
     )
     return text
 
