@@ -5,8 +5,7 @@ attention interface. So it is called with a stand-in for the cache and one for t
 function: each row's queries then attend to that row's keys alone, in place (rows.py). Nothing is
 computed for filling, and no key in the cache is moved.
 
-Shapes: B batch, T tokens of this forward, N kept tokens, S segments (rows, or packed texts), H
-heads, G key heads, D head dimension.
+Shapes: B batch, T tokens of this forward, N kept tokens, H heads, G key heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,20 +22,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from router_tuning.errors import UnsupportedModelError
-from router_tuning.execution.cache import KeptKeys, RoutedCacheLayer, real_columns
+from router_tuning.execution.cache import RoutedCacheLayer
 from router_tuning.execution.call import Decided, UnitCall
 from router_tuning.execution.context import ForwardContext
 from router_tuning.execution.grouped import served_by_sdpa
-from router_tuning.execution.keys import (
-    HandedCache,
-    first_column,
-    lasting,
-    no_keys,
-    store_all,
-    store_kept,
-)
+from router_tuning.execution.keys import HandedCache, no_keys
 from router_tuning.execution.places import MadeKeys, Places
-from router_tuning.execution.rows import Kernel, Reach, RowKeys, attend
+from router_tuning.execution.rows import Kernel, Reach, attend
+from router_tuning.execution.segments import SegmentKeys
 from router_tuning.execution.visibility import sliding_window_of
 from router_tuning.units import Unit, first_of, is_found
 
@@ -45,6 +37,9 @@ IMPLEMENTATION = "router_tuning_rows"
 """The name of our attention function in transformers' interface."""
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """What the forward of an attention that goes through the interface mentions."""
+
+BEYOND_SDPA = ("softcap", "s_aux")
+"""What an attention passes to a function whose scores are capped, or that has sinks."""
 
 _expanding: set[type] = set()
 """Attentions that turned out to attend to something else than the keys they hand to their cache,
@@ -141,14 +136,17 @@ class FlatRun:
         if key is not self.handed or kwargs.get("position_bias") is not None:
             raise _NotHanded
         self.attended = True
-        kernel = Kernel(self._eager(), self.attention, kwargs)
+        kernel = Kernel(self._eager(kwargs), self.attention, kwargs)
         made = MadeKeys(self.kept, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        keys = _Keys(made.joined(self.extra), self)
+        made, sliding = made.joined(self.extra), sliding_window_of(self.attention)
+        keys = SegmentKeys(
+            made, self.decided, self.call, self.layer, self.unit, sliding, self.context
+        )
         together = keys.together()
         if together is not None:
             output = kernel(query.transpose(0, 2), together.key, together.value, None)
             return output.transpose(0, 1), None
-        reach = Reach(self.context.config.kv_window, self.sliding)
+        reach = Reach(self.context.config.kv_window, sliding)
         column_N = self.kept.token_N + self.context.start
         parts, begin = [], 0
         for segment, number in enumerate(keys.asked_S):
@@ -158,150 +156,18 @@ class FlatRun:
                 parts.append(attend(kernel, query[:, :, some], column_N[some], of, reach))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
 
-    @cached_property
-    def sliding(self) -> int | None:
-        """How many latest columns the attention sees by the model's own design."""
-        return sliding_window_of(self.attention)
-
-    def _eager(self) -> Callable[..., Any] | None:
+    def _eager(self, kwargs: dict[str, Any]) -> Callable[..., Any] | None:
         """The family's own attention function, where SDPA does not serve: its scores are capped, or
         it has sinks, or it was asked for. Flash and flex functions are served by either.
         """
         asked = self.attention.config._attn_implementation  # type: ignore[union-attr]
-        if asked == "sdpa":
+        if asked == "sdpa" and all(kwargs.get(name) is None for name in BEYOND_SDPA):
             return None
         if asked != "eager" and served_by_sdpa(self.attention, self.context.decoder):
             return None
         module = sys.modules[type(self.attention).__module__]
         function: Callable[..., Any] = module.eager_attention_forward
         return function
-
-
-class _Keys:
-    """The keys of each segment, after the new ones were put into the cache."""
-
-    def __init__(self, made: MadeKeys, run: FlatRun) -> None:
-        context, call = run.context, run.call
-        self.made, self.run, self.context = made, run, context
-        self.lasting_BT = lasting(run.decided.host_BT, context)
-        self.asked_S = _by_segment(run.kept, context)
-        self.one = context.column_T.numel() == 1
-        self.of: Callable[[int], RowKeys] = self._made
-        if call.cache is None:
-            return
-        if context.config.kv == "all":
-            self.first = first_column(call, run.unit, context)
-            self.cached = store_all(made, call, run.unit, context)
-            self.of = self._cached
-            return
-        assert run.layer is not None
-        store = run.layer.store
-        assert store is not None
-        self.store: KeptKeys = store
-        fresh = not store.seen
-        if store.ring and not self.one and not fresh:
-            # A long chunk overwrites ring slots that its first queries see.
-            before = [self._joined(row) for row in range(context.rows)]
-            self.of = before.__getitem__
-        elif self.one or not fresh:
-            self.of = self._stored
-        store_kept(made, self.lasting_BT, run.layer, context)
-
-    def together(self) -> RowKeys | None:
-        """Keys of all rows (B, G, K, D), where each has one query that sees all, equally many."""
-        if not self.one or self.run.call.cache is None or min(self.asked_S) == 0:
-            return None
-        keys = [self.of(row) for row in range(len(self.asked_S))]
-        if any(k.column_K is not None or k.key.shape != keys[0].key.shape for k in keys):
-            return None
-        key, value = (
-            self.cached if self.of == self._cached else (self.store.keys, self.store.values)
-        )
-        assert key is not None
-        assert value is not None
-        number = keys[0].key.shape[2]
-        return RowKeys(key[:, :, :number], value[:, :, :number])
-
-    @cached_property
-    def _bounds(self) -> list[tuple[int, int]]:
-        """Where each segment's made keys begin and end."""
-        ends = torch.tensor(_by_segment(self.made.places, self.context)).cumsum(0).tolist()
-        return list(zip([0, *ends], ends, strict=False))
-
-    def _fits(self, columns: int) -> bool:
-        return self.run.sliding is None or columns <= self.run.sliding
-
-    def _made(self, segment: int) -> RowKeys:
-        """Of this forward alone."""
-        begin, end = self._bounds[segment]
-        key, value = (
-            x[begin:end].transpose(0, 1)[None] for x in (self.made.key_NHD, self.made.value_NHD)
-        )
-        same = end - begin == self.asked_S[segment]
-        if same and self._fits(self.context.column_T.numel()):
-            return RowKeys(key, value)
-        row_N, token_N = (x[begin:end] for x in (self.made.places.row_N, self.made.places.token_N))
-        lasting_N = None
-        if self.context.config.kv == "kept" and self.context.config.kv_window:
-            lasting_N = self.lasting_BT[row_N, token_N]
-        return RowKeys(key, value, token_N + self.context.start, lasting_N)
-
-    def _cached(self, row: int) -> RowKeys:
-        """kv="all": of the ordinary cache."""
-        context = self.context
-        key, value = (x[row : row + 1] for x in self.cached)
-        number, length = key.shape[2], context.column_T.numel()
-        fits, padded = self._fits(number), context.real_BC is not None
-        whole = self.asked_S[row] == length and length in (1, number)
-        if fits and whole and not padded:
-            return RowKeys(key, value)
-        column_K = torch.arange(self.first, self.first + number)
-        if padded:
-            column_K = column_K.where(
-                real_columns(context.host_real_BC, column_K, context.rows)[row], -1
-            )
-            real_K = (column_K >= 0).nonzero()[:, 0]
-            if fits and len(real_K) == self.asked_S[row] == int(real_K[-1] - real_K[0]) + 1:
-                some = slice(int(real_K[0]), int(real_K[-1]) + 1)
-                return RowKeys(key[:, :, some], value[:, :, some])
-        return RowKeys(key, value, column_K)
-
-    def _stored(self, row: int) -> RowKeys:
-        """kv="kept": of the store, the new ones included."""
-        store = self.store
-        assert store.keys is not None
-        assert store.values is not None
-        used = store.ring + store.lengths[row]
-        key, value = (x[row : row + 1, :, :used] for x in (store.keys, store.values))
-        if self.one and not store.ring and self._fits(store.seen):
-            return RowKeys(key, value)
-        lasting_K = torch.arange(used) >= store.ring if store.ring else None
-        return RowKeys(key, value, store.columns_BS[row, :used].clone(), lasting_K)
-
-    def _joined(self, row: int) -> RowKeys:
-        """The store's keys and the new ones, before these are stored."""
-        past, new = self._stored(row), self._made(row)
-        begin, end = self._bounds[row]
-        row_N, token_N = (x[begin:end] for x in (self.made.places.row_N, self.made.places.token_N))
-        assert past.column_K is not None
-        assert past.lasting_K is not None
-        return RowKeys(
-            torch.cat([past.key, new.key.to(past.key.dtype)], dim=2),
-            torch.cat([past.value, new.value.to(past.value.dtype)], dim=2),
-            torch.cat([past.column_K, token_N + self.context.start]),
-            torch.cat([past.lasting_K, self.lasting_BT[row_N, token_N]]),
-        )
-
-
-def _by_segment(places: Places, context: ForwardContext) -> list[int]:
-    """How many of the tokens each segment has, in their order."""
-    sequence_BT = context.host_sequence_BT
-    if sequence_BT is None:
-        return places.row_counts
-    per_row = int(sequence_BT.max()) + 1
-    segment_N = places.row_N * per_row + sequence_BT[places.row_N, places.token_N]
-    counts: list[int] = torch.bincount(segment_N, minlength=context.rows * per_row).tolist()
-    return counts
 
 
 class _Seen:
