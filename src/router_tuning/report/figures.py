@@ -97,7 +97,7 @@ def speed_figure(result: Mapping[str, Any], path: str | Path, title: str = "") -
         _dots(axes, cells, phase)
         axes.set_title(f"{phase}: time over dense", loc="left", fontsize=10, color=INK)
     panels[0].set_yticks(range(len(cells)), [_cell_name(cell) for cell in cells], fontsize=9)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(cells) - 0.4, -0.6)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     if title:
