@@ -45,7 +45,7 @@ def main() -> int:
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     parts = [_demo(path) for path in sorted(RESULTS.glob("demo*.json"))]
-    parts += [_speed(path) for path in sorted(RESULTS.glob("bench-*.json"))]
+    parts += [_speed(model) for model in MODELS if list(RESULTS.glob(f"bench-{model}-*.json"))]
     parts += [_units(model) for model in MODELS if _result(f"quality-{model}-mlp")]
     parts += [
         _quality(path)
@@ -118,40 +118,52 @@ def _deciders(
             rows = {text: document["static"][text][kind] for text in texts}
             found.append((f"static, {kind}", "-", points(rows)))
     if "random" in document:
-        found.append(("random", "-", points(document["random"])))
+        # Chance keeps what it is told to, to a thousandth.
+        rows = {
+            text: [{**row, "kept_fraction": row["rate"]} for row in document["random"][text]]
+            for text in texts
+        }
+        found.append(("random", "-", points(rows)))
     return found
 
 
-def _speed(path: Path) -> str:
-    """Times over dense, and the share of the possible saving."""
-    document = json.loads(path.read_text())
-    run, adapter = document["run"], document["adapter"]
+def _speed(model: str) -> str:
+    """Times over dense, and the share of the possible saving, of each adapter that was timed."""
+    paths = sorted(RESULTS.glob(f"bench-{model}-*.json"))
+    found = {path: json.loads(path.read_text()) for path in paths}
+    run = found[paths[0]]["run"]
     lines = [
-        f"**Speed of {_adapter(adapter)}** ({document['model']}, {run['device']}, {run['dtype']}, "
-        f"{run['threads']} threads; [{path.name}](benchmarks/results/{path.name})). Time over "
-        "dense; in brackets the realised saving, a star where it is too small to tell:",
+        f"**Speed of {model}** ({run['device']}, {run['dtype']}, {run['threads']} threads; medians "
+        "of few repeats on a shared machine). Time over dense in the same run; in brackets the "
+        "share of the possible saving that was realised, with a star where the saving is too small "
+        "to tell:",
         "",
-        "| rows x prompt | kept | prefill | decode | all kept: prefill, decode | floor: prefill, "
-        "decode | masked: prefill | cache over dense |",
-        "|---|---|---|---|---|---|---|---|",
+        "| adapter | rows x prompt | kept | prefill | decode | all kept | floor | masked | cache |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for cell in document["cells"]:
-        prefill, decode = (
-            cell["prefill"]["over_dense"],
-            (cell["decode"] or {}).get("over_dense", {}),
-        )
-        cache = cell["kv_bytes_counted"]
-        masked = f"{prefill['masked']:.2f}" if "masked" in prefill else "-"
-        pairs = [
-            f"{prefill[n]:.2f}, {decode[n]:.2f}" if n in decode else f"{prefill[n]:.2f}"
-            for n in ("all_kept", "floor")
-        ]
-        lines.append(
-            f"| {cell['batch_size']} x {cell['prompt_tokens']} | {cell['kept_of_routed']:.2f} | "
-            f"{_saving(cell['prefill'])} | {_saving(cell['decode'])} | {' | '.join(pairs)} | "
-            f"{masked} | {cache['routed'] / cache['dense']:.2f} |"
-        )
+    for path, document in found.items():
+        name = f"[{_adapter(document['adapter'])}](benchmarks/results/{path.name})"
+        lines += [f"| {name} | {_speed_cells(cell)} |" for cell in document["cells"]]
     return "\n".join(lines)
+
+
+def _speed_cells(cell: dict[str, Any]) -> str:
+    prefill, decode = cell["prefill"]["over_dense"], (cell["decode"] or {}).get("over_dense", {})
+    cache = cell["kv_bytes_counted"]
+    pairs = [
+        f"{prefill[name]:.2f}, {decode[name]:.2f}" if name in decode else f"{prefill[name]:.2f}"
+        for name in ("all_kept", "floor")
+    ]
+    cells = [
+        f"{cell['batch_size']} x {cell['prompt_tokens']}",
+        f"{cell['kept_of_routed']:.2f}",
+        _saving(cell["prefill"]),
+        _saving(cell["decode"]),
+        *pairs,
+        f"{prefill['masked']:.2f}" if "masked" in prefill else "-",
+        f"{cache['routed'] / cache['dense']:.2f}",
+    ]
+    return " | ".join(cells)
 
 
 def _adapter(adapter: dict[str, Any]) -> str:
