@@ -54,7 +54,7 @@ def test_each_cell_holds_every_variant(case: Case) -> None:
         if cell["batch_size"] == 1:  # rows of a batch hold room for the longest
             assert cell["memory"]["routed"]["kv_bytes"] == counted["routed"]
         assert cell["memory"]["masked"]["kv_bytes"] is None
-    assert seen[-1] == (7, 8)
+    assert seen[-1] == (8, 8)
 
 
 def test_without_new_tokens_only_the_prompt_is_measured() -> None:
@@ -130,3 +130,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
         plan(prompt_tokens=[0])
     with pytest.raises(ConfigError, match="at least 1"):
         plan(repeats=0)
+    with pytest.raises(ConfigError, match="no variant 'slow'"):
+        plan(variants=["slow"])
+    model.model.__dict__["routing"].config.pooling = "prompt"
+    with pytest.raises(ConfigError, match="no prompts"):
+        bench(model, ids, plan())

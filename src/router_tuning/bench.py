@@ -13,6 +13,8 @@ Shapes: B batch, T prompt tokens.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -44,6 +46,8 @@ from router_tuning.units import cache_argument, decoder_of, unwrap
 Progress = Callable[[int, int], None]
 Variant = Callable[[], AbstractContextManager[Any]]
 
+VARIANTS = ("dense", "all_kept", "routed", "random", "static", "floor", "masked")
+"""What is compared; docs/measuring.md says what each is."""
 SURE = 3.0
 """A saving is conclusive where dense - ideal is at least so many spreads."""
 CLEAR_PEAK = "5"
@@ -61,10 +65,10 @@ class Plan:
         budgets: calibrated budgets, one cell each; None is the routers' own threshold.
         repeats: how often each variant is timed, after one unmeasured round.
         seed: of the random masks.
-        variants: names to leave others out; None for all.
+        variants: names to leave others out (dense and floor are always there); None for all.
 
     Raises:
-        ConfigError: nothing to measure.
+        ConfigError: nothing to measure, or an unknown variant.
     """
 
     prompt_tokens: Sequence[int] = (512, 2048)
@@ -76,6 +80,9 @@ class Plan:
     variants: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        unknown = sorted(set(self.variants or ()) - set(VARIANTS))
+        if unknown:
+            raise ConfigError(f"no variant {unknown[0]!r}; wanted some of {', '.join(VARIANTS)}")
         numbers = [*self.prompt_tokens, *self.batch_sizes, self.repeats]
         if not numbers or min(numbers) < 1 or self.new_tokens < 0 or not self.budgets:
             raise ConfigError(
@@ -116,9 +123,15 @@ def bench(
     Raises:
         DataError: there is no text.
         BudgetError: a budget that is not calibrated.
+        ConfigError: an adapter whose prompts decide.
     """
     if not ids_N.numel():
         raise DataError("a benchmark wants real text to run on, and got none")
+    if routing_of(model).config.pooling == "prompt":
+        raise ConfigError(
+            'a benchmark decodes text that has no prompts, and with pooling="prompt" these decide; '
+            'it measures adapters with pooling="prefix"'
+        )
     for budget in plan.budgets:
         threshold_for(routing_of(model).config, budget)
     was_training = model.training
@@ -140,6 +153,7 @@ def bench(
             ids_BT = _rows(ids_N, batch, prompt + plan.new_tokens)
             ids_BT = ids_BT.to(next(model.parameters()).device)
             found.append(_Cell(model, ids_BT, prompt, budget, plan).measure(step))
+            step(rounds)
     finally:
         model.train(was_training)
     return found
@@ -360,8 +374,11 @@ def _held_bytes(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
     try:
+        gc.collect()
+        # What the allocator kept of earlier runs would serve this one unseen.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-    except OSError:
+    except (OSError, AttributeError):  # another platform, or another C library
         return None
     return _status_bytes("VmRSS")
 

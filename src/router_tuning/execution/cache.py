@@ -265,7 +265,10 @@ class PrefixLogits:
     def select(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Rearrange the rows."""
         self.logits_BP, self.columns_BP = pick(self.logits_BP), pick(self.columns_BP)
-        self._settle()
+        if self.settled_B is not None:
+            self.settled_B = pick(self.settled_B)
+        else:
+            self._settle()  # the rows that were not whole may be gone
 
     def _settle(self) -> None:
         whole = bool((self.columns_BP >= 0).all())

@@ -53,7 +53,7 @@ class Routing:
     config: RoutingConfig
     units: tuple[Unit, ...]
     num_units_of_kind: int
-    input_norms: tuple[str | None, ...] = ()
+    input_norms: tuple[str | None, ...]
     """Name of the norm that each layer begins with; None in post-norm families."""
     enabled: bool = True
 

@@ -55,8 +55,9 @@ class _NotHanded(Exception):
 
 
 def can_run_flat(attention: nn.Module, context: ForwardContext) -> bool:
-    """Whether an attention can be called on flat tokens: through the interface, under a mask that
-    follows from the columns. Of a family found by its structure this is not known.
+    """Whether an attention can be called on flat tokens: through the interface, causally, under a
+    mask that follows from the columns, by its own forward. Of a family found by its structure the
+    mask is not known; a forward that something else has replaced (an accelerate hook) may do more.
     """
     kind = type(attention)
     return (
@@ -95,7 +96,7 @@ class FlatRun:
         self.attention, self.call, self.decided, self.extra = attention, call, decided, extra
         self.layer, self.unit, self.context = layer, unit, context
         self.kept: Places = decided.kept
-        self.handed: Tensor | None = None
+        self.handed: tuple[Tensor | None, Tensor | None] = (None, None)
         self.attended = False
 
     def output(self, dense_forward: Callable[..., Any]) -> Tensor | None:
@@ -126,14 +127,18 @@ class FlatRun:
         return self.call.at(row_N[None], token_N[None], None, cache)
 
     def _take(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.handed = key
+        self.handed = key, value
         return key, value
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, None]:
         """Stands for the attention function: (1, H, N, D) -> (1, N, H, D)."""
-        if key is not self.handed or kwargs.get("position_bias") is not None:
+        if (
+            key is not self.handed[0]
+            or value is not self.handed[1]
+            or kwargs.get("position_bias") is not None
+        ):
             raise _NotHanded
         self.attended = True
         kernel = Kernel(self._eager(kwargs), self.attention, kwargs)
@@ -161,9 +166,9 @@ class FlatRun:
         it has sinks, or it was asked for. Flash and flex functions are served by either.
         """
         asked = self.attention.config._attn_implementation  # type: ignore[union-attr]
-        if asked == "sdpa" and all(kwargs.get(name) is None for name in BEYOND_SDPA):
-            return None
-        if asked != "eager" and served_by_sdpa(self.attention, self.context.decoder):
+        beyond = any(kwargs.get(name) is not None for name in BEYOND_SDPA)
+        served = served_by_sdpa(self.attention, self.context.decoder)
+        if not beyond and (asked == "sdpa" or (asked != "eager" and served)):
             return None
         module = sys.modules[type(self.attention).__module__]
         function: Callable[..., Any] = module.eager_attention_forward

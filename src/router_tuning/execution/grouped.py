@@ -1,8 +1,9 @@
 """A unit's own forward on its kept tokens, rows with equally many of them together.
 
 For attentions that cannot be called on flat tokens (flat.py): those that do not go through
-transformers' attention interface, or attend to something else than what they hand to their cache,
-and families that were found by their structure. They get the rows and columns of the model's own
+transformers' attention interface or are not plainly causal, attend to something else than what they
+hand to their cache, or had their forward replaced (accelerate hooks), and families that were found
+by their structure. They get the rows and columns of the model's own
 mask that are left, and a cache that gives the keys to attend to. Keys of past tokens are copied
 once a group.
 

@@ -113,9 +113,9 @@ def no_keys(attention: nn.Module, unit: Unit) -> UnsupportedModelError:
 
 def store_all(
     made: MadeKeys, call: UnitCall, unit: Unit, context: ForwardContext
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int]:
     """kv="all": put every real token's key into the ordinary cache, zeros at padding. Gives back
-    the keys and values of all columns that the cache still has: (B, H, C, D).
+    the keys and values of all columns that the cache still has (B, H, C, D), and the first column.
     """
     key, value = (
         made.places.put(x.detach()).transpose(1, 2) for x in (made.key_NHD, made.value_NHD)
@@ -125,7 +125,7 @@ def store_all(
     key, value = call.cache.update(key, value, unit.layer_idx)
     # A static layer gives back places that are not filled yet, too.
     end = context.start + length - first
-    return key[:, :, :end], value[:, :, :end]
+    return key[:, :, :end], value[:, :, :end], first
 
 
 def first_column(call: UnitCall, unit: Unit, context: ForwardContext) -> int:

@@ -24,6 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from router_tuning.execution.visibility import additive
 
+LARGEST_HEAD = 256
+"""Of the kernels of CUDA that are told of groups."""
 BLOCK = 64
 """Queries that share a mask."""
 
@@ -108,8 +110,9 @@ class Kernel:
             query = query.unflatten(1, (key.shape[1], groups))[:, :, :, 0]
             output = scaled_dot_product_attention(query, key, value, mask, **options)
             return output.flatten(1, 2)[:, :, None]
-        if groups > 1 and mask is not None and query.is_cuda:
-            # Kernels of CUDA that take a mask are not told of groups.
+        told = mask is None and key.shape[-1] == value.shape[-1] <= LARGEST_HEAD
+        if groups > 1 and query.is_cuda and not told:
+            # Only a kernel that takes neither masks nor large heads is told of groups there.
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
             groups = 1
         causal = mask is None and length > 1

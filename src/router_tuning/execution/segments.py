@@ -16,7 +16,7 @@ import torch
 from router_tuning.execution.cache import KeptKeys, RoutedCacheLayer, real_columns
 from router_tuning.execution.call import Decided, UnitCall
 from router_tuning.execution.context import ForwardContext
-from router_tuning.execution.keys import first_column, lasting, store_all, store_kept
+from router_tuning.execution.keys import lasting, store_all, store_kept
 from router_tuning.execution.places import MadeKeys, Places
 from router_tuning.execution.rows import RowKeys
 from router_tuning.units import Unit
@@ -43,8 +43,7 @@ class SegmentKeys:
         if call.cache is None:
             return
         if context.config.kv == "all":
-            self.first = first_column(call, unit, context)
-            self.cached = store_all(made, call, unit, context)
+            *self.cached, self.first = store_all(made, call, unit, context)
             self.of = self._cached
             return
         assert layer is not None
@@ -61,19 +60,19 @@ class SegmentKeys:
         store_kept(made, self.lasting_BT, layer, context)
 
     def together(self) -> RowKeys | None:
-        """Keys of all rows (B, G, K, D), where each has one query that sees all, equally many."""
-        if not self.one or min(self.asked_S) == 0:
+        """Keys of all rows (B, G, K, D), where each has one query that sees all, equally many.
+
+        With kv="all" this does not come up: where all rows ask, the dense call itself runs.
+        """
+        if not self.one or self.of != self._stored or min(self.asked_S) == 0:
             return None
         keys = [self.of(row) for row in range(len(self.asked_S))]
         if any(k.column_K is not None or k.key.shape != keys[0].key.shape for k in keys):
             return None
-        key, value = (
-            self.cached if self.of == self._cached else (self.store.keys, self.store.values)
-        )
-        assert key is not None
-        assert value is not None
+        assert self.store.keys is not None
+        assert self.store.values is not None
         number = keys[0].key.shape[2]
-        return RowKeys(key[:, :, :number], value[:, :, :number])
+        return RowKeys(self.store.keys[:, :, :number], self.store.values[:, :, :number])
 
     @cached_property
     def _bounds(self) -> list[tuple[int, int]]:
