@@ -46,6 +46,7 @@ def main() -> int:
     _, after = rest.split(END)
     parts = [_demo(path) for path in sorted(RESULTS.glob("demo*.json"))]
     parts += [_speed(model) for model in MODELS if list(RESULTS.glob(f"bench-{model}-*.json"))]
+    parts += [_step(model) for model in MODELS if _result(f"training-step-{model}")]
     parts += [_units(model) for model in MODELS if _result(f"quality-{model}-mlp")]
     parts += [
         _quality(path)
@@ -144,6 +145,29 @@ def _speed(model: str) -> str:
     for path, document in found.items():
         name = f"[{_adapter(document['adapter'])}](benchmarks/results/{path.name})"
         lines += [f"| {name} | {_speed_cells(cell)} |" for cell in document["cells"]]
+    return "\n".join(lines)
+
+
+def _step(model: str) -> str:
+    """What a training step costs beside full fine-tuning."""
+    document = _result(f"training-step-{model}")
+    assert document is not None
+    run = document["run"]
+    name = f"training-step-{model}.json"
+    lines = [
+        f"**A training step of {model}** (batch {run['batch_size']} x {run['length']}, "
+        f"{run['device']}, {run['dtype']}, {run['threads']} threads; "
+        f"[{name}](benchmarks/results/{name})), over full fine-tuning:",
+        "",
+        "| what trains | time | peak memory | tokens/s | trained numbers |",
+        "|---|---|---|---|---|",
+    ]
+    for variant, one in document["variants"].items():
+        over = document["over_full"][variant]
+        lines.append(
+            f"| {variant} | {over['time']:.2f} | {over['memory']:.2f} | "
+            f"{one['tokens_per_second']:.0f} | {one['trainable']:,} |"
+        )
     return "\n".join(lines)
 
 
