@@ -47,7 +47,7 @@ def main() -> int:
     parts = [_demo(path) for path in sorted(RESULTS.glob("demo*.json"))]
     parts += [_speed(model) for model in MODELS if list(RESULTS.glob(f"bench-{model}-*.json"))]
     parts += [_step(model) for model in MODELS if _result(f"training-step-{model}")]
-    parts += [_units(model) for model in MODELS if _result(f"quality-{model}-mlp")]
+    parts += [_units(model) for model in MODELS if _result(f"quality-{model}")]
     parts += [
         _quality(path)
         for model in MODELS
