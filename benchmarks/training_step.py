@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from router_tuning import RouterTuningConfig
-from router_tuning.bench import _held_bytes, _peak_bytes
+from router_tuning.bench import held_bytes, peak_bytes
 from router_tuning.cli.records import device_name, versions, write_json
 from router_tuning.data import WindowDataset, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
@@ -139,14 +139,14 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     windows = make_windows(
         load_tokenizer(options.model), examples, length=options.length, limit=number
     )
-    before = _held_bytes(device)
+    before = held_bytes(device)
     model = load_model(options.model, dtype=getattr(torch, options.dtype), device=device)
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(model, options, folder, WindowDataset(windows))
         trainer.add_callback(clock)
         trainer.train()
-    after = _peak_bytes(device)
+    after = peak_bytes(device)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return {
         "seconds": [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)],

@@ -299,11 +299,11 @@ class _Cell:
         weights; None where the platform does not tell.
         """
         with variant():
-            before = _held_bytes(self.ids_BT.device)
+            before = held_bytes(self.ids_BT.device)
             cache = self._prefill(cached=name != "masked")
             if name != "masked":
                 self._decode(cache)
-            after = _peak_bytes(self.ids_BT.device)
+            after = peak_bytes(self.ids_BT.device)
         grown = None if before is None or after is None else max(after - before, 0)
         return {"peak_bytes": grown, "kv_bytes": None if cache is None else cache_bytes(cache)}
 
@@ -368,7 +368,7 @@ def _end_to_end(
     return {name: prefill[name].median + new_tokens * t.median for name, t in decode.items()}
 
 
-def _held_bytes(device: torch.device) -> int | None:
+def held_bytes(device: torch.device) -> int | None:
     """What is held now; the peak is counted from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -383,7 +383,7 @@ def _held_bytes(device: torch.device) -> int | None:
     return _status_bytes("VmRSS")
 
 
-def _peak_bytes(device: torch.device) -> int | None:
+def peak_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return _status_bytes("VmHWM")

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens of this forward, N kept tokens, H heads, G key heads, 
 from __future__ import annotations
 
 import contextvars
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -66,18 +67,14 @@ def can_run_flat(attention: nn.Module, context: ForwardContext) -> bool:
         and not is_found(context.decoder)
         and attention.__dict__.get("dense_forward") is None
         and getattr(attention, "is_causal", False) is True
-        and _through_interface(kind)
+        and _through_interface(kind)  # type: ignore[arg-type]
     )
 
 
-_known: dict[type, bool] = {}
-
-
+@functools.cache
 def _through_interface(kind: type) -> bool:
-    if kind not in _known:
-        code = inspect.unwrap(kind.forward).__code__  # type: ignore[attr-defined]
-        _known[kind] = INTERFACE in code.co_names
-    return _known[kind]
+    code = inspect.unwrap(kind.forward).__code__  # type: ignore[attr-defined]
+    return INTERFACE in code.co_names
 
 
 class FlatRun:

@@ -128,7 +128,7 @@ class SegmentKeys:
         if self.one and not store.ring and self._fits(store.seen):
             return RowKeys(key, value)
         lasting_K = torch.arange(used) >= store.ring if store.ring else None
-        return RowKeys(key, value, store.columns_BS[row, :used].clone(), lasting_K)
+        return RowKeys(key, value, store.columns_BS[row, :used], lasting_K)
 
     def _joined(self, row: int) -> RowKeys:
         """The store's keys and the new ones, before these are stored."""
