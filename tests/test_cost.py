@@ -31,6 +31,8 @@ PAIR = 4 * 32
 OUTSIDE = 4 * 2 * 3 * 32 * 48 + 2 * 32 * 97
 ROUTER = 2 * 33
 KEY_BYTES = 2 * 16 * 4
+WEIGHT_BYTES = 4 * (4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32 * 97)
+"""Of a forward: four layers with their norms, and the head."""
 
 
 def test_a_text_by_hand() -> None:
@@ -46,6 +48,9 @@ def test_a_text_by_hand() -> None:
         dense_flops=dense,
         kv_bytes=(4 * 3 - 1) * KEY_BYTES,
         dense_kv_bytes=4 * 3 * KEY_BYTES,
+        weight_bytes=WEIGHT_BYTES + 4 * 4 * 33,
+        dense_weight_bytes=WEIGHT_BYTES,
+        tokens=3,
     )
     assert found.flops_fraction == found.flops / found.dense_flops
 

@@ -206,6 +206,10 @@ class _Cell:
                 "dense": routed.whole.dense_kv_bytes,
                 "routed": routed.whole.kv_bytes,
             },
+            "decode_weight_bytes": {
+                "dense": routed.decode.dense_weight_bytes,
+                "routed": routed.decode.weight_bytes,
+            },
             "prefill": _phase(prefill, routed.prefill, floor.prefill),
             "decode": _phase(decode, routed.decode, floor.decode) if decode else None,
             "end_to_end": _end_to_end(prefill, decode, self.plan.new_tokens) if decode else None,
@@ -325,13 +329,7 @@ class _Counted:
 
     @property
     def decode(self) -> Cost:
-        whole, begun = self.whole, self.prefill
-        return Cost(
-            whole.flops - begun.flops,
-            whole.dense_flops - begun.dense_flops,
-            whole.kv_bytes,
-            whole.dense_kv_bytes,
-        )
+        return self.whole - self.prefill
 
 
 def cache_bytes(cache: Any) -> int:

@@ -1,4 +1,4 @@
-"""FLOPs and cache bytes of what a trace ran. Counts, no clock.
+"""FLOPs, bytes of weights and bytes of the cache of what a trace ran. Counts, no clock.
 
 A multiply and an add are two FLOPs. Counted are the linear layers, the routers, the attention's
 scores and weighted sums (over the visible pairs of query and key only) and the output head; norms,
@@ -18,7 +18,7 @@ Shapes: B batch, C columns (tokens, pads included).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from router_tuning.units import (
     router_child,
     unwrap,
 )
+from router_tuning.weight_bytes import weight_bytes
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,22 @@ class Cost:
     kv_bytes: int
     """Bytes of the keys and values that the policy holds at the end."""
     dense_kv_bytes: int
+    weight_bytes: int = 0
+    """Bytes of weights that were read, over all forwards."""
+    dense_weight_bytes: int = 0
+    tokens: int = 0
+    """Real tokens that ran; what to divide by for a cost a token."""
 
     @property
     def flops_fraction(self) -> float:
         """Routed over dense FLOPs."""
         return self.flops / self.dense_flops
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
 def flops_fraction(model: nn.Module, trace: Trace) -> float:
@@ -82,18 +94,18 @@ def cost(model: nn.Module, trace: Trace) -> Cost:
     decoder = decoder_of(model)
     config = routing_of(model).config
     tokens = sum(int(f.real_BT.sum()) for f in trace.forwards)
-    fixed = tokens * _head_flops(model)
-    total = Cost(fixed, fixed, 0, 0)
+    fixed, weights = tokens * _head_flops(model), weight_bytes(model, trace)
+    total = Cost(fixed, fixed, 0, 0, weights.read, weights.dense, tokens)
     prices = layer_costs(decoder)
     for index, layer in enumerate(decoder_layers(decoder)):
         units = {kind: f"layers.{index}.{kind}" for kind in KINDS}
         routed = {kind: name for kind, name in units.items() if name in trace.unit_names}
         attending = routed.get("attn", routed.get("block"))
-        total = _add(total, _token_cost(layer, prices[index], routed, trace, tokens))
+        total += _token_cost(layer, prices[index], routed, trace, tokens)
         attention = attention_of(decoder, layer)
         sliding = None if attention is None else sliding_window_of(attention)
         for episode in _episodes(trace.forwards):
-            total = _add(total, _key_cost(prices[index], sliding, episode, attending, config))
+            total += _key_cost(prices[index], sliding, episode, attending, config)
     return total
 
 
@@ -293,12 +305,3 @@ def _head_flops(model: nn.Module) -> int:
     causal: Any = unwrap(model)
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     return 2 * head.weight.numel() if head is not None else 0
-
-
-def _add(a: Cost, b: Cost) -> Cost:
-    return Cost(
-        a.flops + b.flops,
-        a.dense_flops + b.dense_flops,
-        a.kv_bytes + b.kv_bytes,
-        a.dense_kv_bytes + b.dense_kv_bytes,
-    )

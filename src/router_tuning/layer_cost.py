@@ -128,7 +128,7 @@ def linear_flops(module: nn.Module, config: Any) -> int:
     for name, child in module.named_children():
         flops = linear_flops(child, config)
         if isinstance(child, nn.ModuleList) and "experts" in name and flops:
-            flops = flops * _top_k(module, config) // len(child)
+            flops = flops * experts_of_a_token(module, config) // len(child)
         inner += flops
     return inner + _own_flops(module, config, leaf=not inner)
 
@@ -145,13 +145,18 @@ def _own_flops(module: nn.Module, config: Any, leaf: bool) -> int:
     own = dict(module.named_parameters(recurse=False))
     experts = [weight for weight in own.values() if weight.ndim == 3]
     if experts:
-        through = _top_k(module, config)
+        through = experts_of_a_token(module, config)
         return sum(2 * weight.numel() * through // weight.shape[0] for weight in experts)
     weight = own.get("weight")
     return 2 * weight.numel() if leaf and weight is not None and weight.ndim == 2 else 0
 
 
-def _top_k(experts: nn.Module, config: Any) -> int:
+def experts_of_a_token(experts: nn.Module, config: Any) -> int:
+    """How many experts a token goes through, as a module that holds them or the config says.
+
+    Raises:
+        UnsupportedModelError: neither does.
+    """
     for source in (experts, config):
         for name in TOP_K:
             value = getattr(source, name, None)

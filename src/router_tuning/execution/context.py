@@ -131,7 +131,23 @@ class ForwardContext:
         """The logit that each row's units need."""
         return self.host_threshold_B1.to(self.real_BT.device)
 
+    @functools.cached_property
+    def thresholds(self) -> list[float]:
+        """threshold_B1 as numbers."""
+        thresholds: list[float] = self.host_threshold_B1.flatten().tolist()
+        return thresholds
+
+    @functools.cached_property
+    def nothing_BT(self) -> Tensor:
+        """The decision to run no token."""
+        return torch.zeros_like(self.real_BT)
+
     # What units plan with lies on the host: it is brought there once a forward.
+
+    @functools.cached_property
+    def host_nothing_BT(self) -> Tensor:
+        """nothing_BT on the host."""
+        return self.nothing_BT.cpu()
 
     @functools.cached_property
     def host_real_BC(self) -> Tensor | None:

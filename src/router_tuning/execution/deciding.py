@@ -40,7 +40,9 @@ def decide(
     settled_B = _settled(unit, context, layer)
     if settled_B is not None:  # with this forward
         return _as_settled(settled_B, context, decision.always_BT)
-    logits_BT = decision.logits_BT.detach()
+    logits_BT = decision.logits_BT
+    if logits_BT.requires_grad:
+        logits_BT = logits_BT.detach()
     if context.masked:
         # Padding is gated like any token, since nobody reads it: fresh routers then change no bit
         # there either.
@@ -48,8 +50,24 @@ def decide(
         return Decided(
             (soft_BT.detach() > 0.5) & context.real_BT, soft_BT, logits_BT, decision.always_BT
         )
+    if x_BTD.shape[1] == 1 and decision.always_BT is None:
+        return _by_host(logits_BT, context)
     keep_BT = _at_real(decision.keep(context.threshold_B1), context)
     return Decided(keep_BT, None, logits_BT, decision.always_BT)
+
+
+def _by_host(logits_B1: Tensor, context: ForwardContext) -> Decided:
+    """In decoding: a number a row is compared on the host, where a tensor operation costs more than
+    that. Rows that agree share the forward's own tensors.
+    """
+    pairs = zip(logits_B1.flatten().tolist(), context.thresholds, strict=True)
+    keep_B = [logit >= threshold for logit, threshold in pairs]
+    if all(keep_B):
+        return Decided(context.real_BT, None, logits_B1, None, context.host_real_BT)
+    if not any(keep_B):
+        return Decided(context.nothing_BT, None, logits_B1, None, context.host_nothing_BT)
+    host_B1 = torch.tensor(keep_B)[:, None] & context.host_real_BT
+    return Decided(host_B1.to(logits_B1.device), None, logits_B1, None, host_B1)
 
 
 def _settled(unit: Unit, context: ForwardContext, layer: RoutedCacheLayer | None) -> Tensor | None:
