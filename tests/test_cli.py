@@ -531,6 +531,21 @@ def test_bench_measures_an_adapter(home: Path, adapter: Path, tmp_path: Path) ->
     assert "prefill" in said
 
 
+def test_bench_draws_growth_and_leaves_large_cells_out(
+    home: Path, adapter: Path, tmp_path: Path
+) -> None:
+    file, figure = tmp_path / "b.json", tmp_path / "b.png"
+    options = ["--prompt-tokens", "20,40", "--batch-size", "1,2", "--new-tokens", "1"]
+    more = ["--variants", "routed", "--most-tokens", "40", "--repeats", "1", "--json", file]
+    text = ["--data", home / "plain.txt", "--growth", figure]
+    run("bench", "--adapter", adapter, "--budgets", "0.9,1.0", *options, *more, *text)
+    cells = read(file)["cells"]
+    sizes = [(cell["batch_size"], cell["prompt_tokens"]) for cell in cells]
+    assert sizes == [(1, 20), (1, 20), (1, 40), (1, 40), (2, 20), (2, 20)]
+    assert set(cells[0]["prefill"]["seconds"]) == {"dense", "routed", "floor"}
+    assert figure.stat().st_size > 0
+
+
 def test_bench_takes_held_back_text_and_the_adapters_own_budget(
     adapter: Path, tmp_path: Path
 ) -> None:
@@ -548,6 +563,8 @@ def test_bench_takes_held_back_text_and_the_adapters_own_budget(
         (["--prompt-tokens", "a"], "--prompt-tokens wants whole numbers"),
         (["--batch-size", "0"], "--batch-size wants numbers of at least 1"),
         (["--budgets", "0.2"], "0.2"),
+        (["--variants", "slow"], "no variant 'slow'"),
+        (["--most-tokens", "7"], "a benchmark wants prompts"),
     ],
 )
 def test_bench_refuses_what_it_cannot_measure(adapter: Path, options: list[str], said: str) -> None:

@@ -66,6 +66,7 @@ class Plan:
         repeats: how often each variant is timed, after one unmeasured round.
         seed: of the random masks.
         variants: names to leave others out (dense and floor are always there); None for all.
+        most_tokens: cells of more prompt tokens than this, all rows together, are left out.
 
     Raises:
         ConfigError: nothing to measure, or an unknown variant.
@@ -78,17 +79,30 @@ class Plan:
     repeats: int = 7
     seed: int = 0
     variants: Sequence[str] | None = None
+    most_tokens: int | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.variants or ()) - set(VARIANTS))
         if unknown:
             raise ConfigError(f"no variant {unknown[0]!r}; wanted some of {', '.join(VARIANTS)}")
         numbers = [*self.prompt_tokens, *self.batch_sizes, self.repeats]
-        if not numbers or min(numbers) < 1 or self.new_tokens < 0 or not self.budgets:
+        if min(numbers) < 1 or self.new_tokens < 0 or not self.cells:
             raise ConfigError(
                 "a benchmark wants prompts, batches and repeats of at least 1, and a budget; got "
                 f"{self}"
             )
+
+    @property
+    def cells(self) -> list[tuple[int, int, float | None]]:
+        """Rows, prompt tokens and budget of each cell."""
+        most = float("inf") if self.most_tokens is None else self.most_tokens
+        return [
+            (batch, prompt, budget)
+            for batch in self.batch_sizes
+            for prompt in self.prompt_tokens
+            for budget in self.budgets
+            if batch * prompt <= most
+        ]
 
 
 @dataclass(frozen=True)
@@ -136,13 +150,7 @@ def bench(
         threshold_for(routing_of(model).config, budget)
     was_training = model.training
     model.eval()
-    cells = [
-        (batch, prompt, budget)
-        for batch in plan.batch_sizes
-        for prompt in plan.prompt_tokens
-        for budget in plan.budgets
-    ]
-    rounds, found = plan.repeats + 1, []
+    cells, rounds, found = plan.cells, plan.repeats + 1, []
     try:
         for number, (batch, prompt, budget) in enumerate(cells):
 

@@ -32,11 +32,14 @@ class LinearRouter(nn.Module):
         nn.init.constant_(self.score.bias, init_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        weight, bias = self.score.weight, self.score.bias
+        weight: Tensor = self.score.weight
+        bias: Tensor = self.score.bias
         if torch.is_autocast_enabled(x_BTD.device.type):
             return _in_fp32(self.score, x_BTD)
+        if weight.dtype != torch.float32:
+            weight, bias = weight.float(), bias.float()
         # Without the module's call: in decoding, this is most of what routing costs.
-        return linear(x_BTD.float(), weight.float(), bias.float()).squeeze(-1)
+        return linear(x_BTD.float(), weight, bias).squeeze(-1)
 
 
 class BottleneckRouter(nn.Module):

@@ -43,6 +43,14 @@ def bench(
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="How often each variant is timed.")
     ] = 7,
+    variants: Annotated[
+        str | None,
+        typer.Option("--variants", help="Leave all but these, dense and floor out."),
+    ] = None,
+    most_tokens: Annotated[
+        int | None,
+        typer.Option("--most-tokens", min=1, help="Leave out prompts that hold more, all rows."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -52,6 +60,10 @@ def bench(
     figure: Annotated[
         Path | None,
         typer.Option("--figure", metavar="FILE", help="Draw the times beside dense here."),
+    ] = None,
+    growth: Annotated[
+        Path | None,
+        typer.Option("--growth", metavar="FILE", help="Draw them against the prompt's length."),
     ] = None,
     model: BaseModel = None,
     dtype: Dtype = "auto",
@@ -77,14 +89,15 @@ def bench(
     from router_tuning.bench import Plan
     from router_tuning.bench import bench as measure
     from router_tuning.cli.adapters import load_routed
-    from router_tuning.report.figures import speed_figure
+    from router_tuning.report.figures import growth_figure, speed_figure
     from router_tuning.report.tables import speed_table
 
     if threads is not None:
         torch.set_num_threads(threads)
+    names = None if variants is None else [n.strip() for n in variants.split(",") if n.strip()]
+    plan = Plan(lengths, new_tokens, rows, wanted, repeats, seed, names, most_tokens)
     loaded = load_routed(adapter, model, dtype, device)
     ids_N, name = _text(adapter, loaded, data, seed)
-    plan = Plan(lengths, new_tokens, rows, wanted, repeats, seed)
     with bar("Measuring") as progress:
         cells = measure(loaded.model, ids_N, plan, progress=progress)
     result: dict[str, Any] = {
@@ -99,6 +112,8 @@ def bench(
         write_json(json_file, result)
     if figure is not None:
         speed_figure(result, figure)
+    if growth is not None:
+        growth_figure(result, growth)
     stdout().print(speed_table(result))
     show("Times are over dense (dense = 1). * marks a saving too small to tell from the noise.")
 

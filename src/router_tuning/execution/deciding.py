@@ -60,8 +60,8 @@ def _by_host(logits_B1: Tensor, context: ForwardContext) -> Decided:
     """In decoding: a number a row is compared on the host, where a tensor operation costs more than
     that. Rows that agree share the forward's own tensors.
     """
-    pairs = zip(logits_B1.flatten().tolist(), context.thresholds, strict=True)
-    keep_B = [logit >= threshold for logit, threshold in pairs]
+    pairs = zip(logits_B1.tolist(), context.thresholds, strict=True)
+    keep_B = [logit >= threshold for (logit,), threshold in pairs]
     if all(keep_B):
         return Decided(context.real_BT, None, logits_B1, None, context.host_real_BT)
     if not any(keep_B):

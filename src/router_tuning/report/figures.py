@@ -30,6 +30,9 @@ DOTS: dict[str, dict[str, Any]] = {
     "all_kept": {"color": "#7a4fa3", "marker": "D"},
     "masked": {"color": "#4d4d4d", "marker": "X"},
 }
+SHADES = ("#08306b", "#0b5fa5", "#4292c6", "#9ecae1", "#7f7f7f")
+"""For lines in order: few kept tokens dark, many light."""
+MARKERS = "osD^vP"
 LABEL_ROOM = 0.055
 """Least distance of two labels, as a part of the axis' height."""
 
@@ -103,6 +106,59 @@ def speed_figure(result: Mapping[str, Any], path: str | Path, title: str = "") -
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return _save(figure, Path(path))
+
+
+def growth_figure(result: Mapping[str, Any], path: str | Path, title: str = "") -> Path:
+    """Draw the routed time over dense against the prompt's length: a line for each budget, a column
+    of panels for each number of rows.
+
+    Returns the path.
+
+    Raises:
+        RouterTuningError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cells = result["cells"]
+    phases = [p for p in ("prefill", "decode") if any(cell[p] is not None for cell in cells)]
+    rows = sorted({cell["batch_size"] for cell in cells})
+    figure = Figure(figsize=(2.0 + 2.4 * len(rows), 1.2 + 2.4 * len(phases)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(phases), len(rows), sharex=True, sharey=True, squeeze=False)
+    for line, phase in zip(panels, phases, strict=True):
+        for axes, number in zip(line, rows, strict=True):
+            _growth(axes, [c for c in cells if c["batch_size"] == number and c[phase]], phase)
+            axes.set_title(f"{phase}, {number} row{'s' * (number > 1)}", loc="left", fontsize=10)
+        line[0].set_ylabel("time over dense")
+    for axes in panels[-1]:
+        axes.set_xlabel("prompt tokens")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    return _save(figure, Path(path))
+
+
+def _growth(axes: Any, cells: Sequence[Mapping[str, Any]], phase: str) -> None:
+    budgets = sorted({cell["budget"] for cell in cells}, key=lambda b: -1.0 if b is None else b)
+    for index, budget in enumerate(budgets):
+        points = sorted(
+            (cell["prompt_tokens"], cell[phase]["over_dense"]["routed"])
+            for cell in cells
+            if cell["budget"] == budget and "routed" in cell[phase]["over_dense"]
+        )
+        if points:
+            label = "own threshold" if budget is None else f"budget {budget:g}"
+            colour, marker = SHADES[index % len(SHADES)], MARKERS[index % len(MARKERS)]
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+    axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:g}")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_ylim(bottom=0)
 
 
 def _cell_name(cell: Mapping[str, Any]) -> str:
