@@ -78,7 +78,7 @@ def _units(model: str) -> str:
     columns = [f"{text}, {kept:.2f}" for text in texts for kept in UNITS_KEPT]
     lines = [
         f"**{model}, all granularities** (one seed; {links}). Extra loss over all tokens in nats a "
-        "token, at the kept fraction of the kind of unit:",
+        "token, at the kept fraction of the kind of unit. Tuned on steps x windows:",
         "",
         f"| unit | what decides | {' | '.join(columns)} | tuned on |",
         "|---|---|" + "---|" * (len(columns) + 1),
@@ -112,8 +112,8 @@ def _deciders(
     for setting in settings:
         runs = [r for r in document["runs"] if r["setting"] == setting and r["seed"] == 0]
         if runs:
-            tokens = f"{runs[-1]['tuning']['train_tokens']:,}"
-            found.append((NAMES[setting], tokens, points(runs[-1]["routed"])))
+            last = runs[-1]
+            found.append((_name(last), _tuned_on(last), points(last["routed"])))
     for kind in ("cosine", "greedy"):
         if kind in document.get("static", {}).get(texts[0], {}):
             rows = {text: document["static"][text][kind] for text in texts}
@@ -224,7 +224,8 @@ def _quality_table(path: Path, document: dict[str, Any], text: str, measure: str
     lines = [
         f"**{run['model']}, {text}, {MEASURES[measure]}** ({base['tokens']} tokens, dense loss "
         f"{base[measure]:.3f}; {run['device']}, {run['dtype']}; "
-        f"[{path.name}](benchmarks/results/{path.name})). Extra loss in nats a token:",
+        f"[{path.name}](benchmarks/results/{path.name})). Extra loss in nats a token; "
+        "tuned on steps x windows of 256 tokens:",
         "",
         "| kept (learning rates) | "
         + " | ".join(f"{k:.2f}" for k in KEPT)
@@ -233,8 +234,9 @@ def _quality_table(path: Path, document: dict[str, Any], text: str, measure: str
     ]
     for runs in _groups(document["runs"]):
         curves = [_curve(one["routed"][text], measure, base) for one in runs]
-        tokens = runs[0]["tuning"]["train_tokens"]
-        lines.append(f"| {_name(runs[0])} | {_cells(curves)} | {tokens:,} | {len(curves)} |")
+        lines.append(
+            f"| {_name(runs[0])} | {_cells(curves)} | {_tuned_on(runs[0])} | {len(curves)} |"
+        )
     for kind in ("cosine", "greedy"):
         rows = document.get("static", {}).get(text, {}).get(kind)
         if rows:
@@ -258,6 +260,12 @@ def _name(run: dict[str, Any]) -> str:
     rates = f"{tuning['learning_rate']:g} / {tuning['bias_learning_rate']:g}"
     text = tuning.get("lm_weight", 0)
     return f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "")
+
+
+def _tuned_on(run: dict[str, Any]) -> str:
+    """Steps and windows a step."""
+    tuning = run["tuning"]
+    return f"{tuning['steps']} x {tuning['batch_size']}"
 
 
 def _demo(path: Path) -> str:

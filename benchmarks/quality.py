@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -109,6 +109,10 @@ def main() -> None:
             if (setting, seed, _tuning(options)) not in done:
                 run = _run(bench, setting, seed)
                 _update(path, lambda document, run=run: document["runs"].append(run))
+            elif options.widen:
+                at = done.index((setting, seed, _tuning(options)))
+                rows = _widened(bench, setting, seed)
+                _update(path, lambda document, at=at, rows=rows: _add_rows(document, at, rows))
 
 
 def _update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -150,6 +154,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--teacher", metavar="FILE", help="keep the dense model's hidden states")
     parser.add_argument("--save", metavar="DIR", help="keep the adapters there")
+    parser.add_argument(
+        "--widen",
+        action="store_true",
+        help="sweep the adapters of --save, tuned before, over these budgets too",
+    )
     parser.add_argument("--json", required=True)
     parser.add_argument("--continue", dest="resume", action="store_true")
     options = parser.parse_args()
@@ -225,7 +234,6 @@ def _run(bench: Bench, setting: str, seed: int) -> dict[str, Any]:
     log = _train(bench, tuned, seed)
     trained = time.time()
     routed = _in_float32(bench, tuned, config)
-    _set_thresholds(routed, bench.held_back, options.budgets)
     run = {
         "setting": setting,
         "config": config,
@@ -236,10 +244,7 @@ def _run(bench: Bench, setting: str, seed: int) -> dict[str, Any]:
         "trainable": sum(p.numel() for p in routed.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in bench.measured.parameters()),
         "log": log,
-        "routed": {
-            name: [_row(routed, windows, budget) for budget in options.budgets]
-            for name, windows in bench.report.items()
-        },
+        "routed": _swept(bench, routed),
         "peak_rss_mb": peak_rss_mb(),
     }
     if options.save:
@@ -248,6 +253,31 @@ def _run(bench: Bench, setting: str, seed: int) -> dict[str, Any]:
     routed.unload()
     _say(f"{setting} seed {seed}", run["routed"])
     return run
+
+
+def _swept(bench: Bench, routed: Any) -> dict[str, list[dict[str, Any]]]:
+    """What an adapter loses on each text, at each budget."""
+    _set_thresholds(routed, bench.held_back, bench.options.budgets)
+    return {
+        name: [_row(routed, windows, budget) for budget in bench.options.budgets]
+        for name, windows in bench.report.items()
+    }
+
+
+def _widened(bench: Bench, setting: str, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The same of an adapter that was tuned and saved before."""
+    folder = Path(bench.options.save) / f"{setting}-{seed}"
+    routed = PeftModel.from_pretrained(bench.measured, folder)
+    rows = _swept(bench, routed)
+    routed.unload()
+    _say(f"{setting} seed {seed}", rows)
+    return rows
+
+
+def _add_rows(document: dict[str, Any], at: int, rows: dict[str, list[dict[str, Any]]]) -> None:
+    for name, swept in document["runs"][at]["routed"].items():
+        known = {row["kept_fraction"] for row in swept}
+        swept.extend(row for row in rows[name] if row["kept_fraction"] not in known)
 
 
 def _tuning(options: argparse.Namespace) -> dict[str, Any]:
