@@ -17,8 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from laws import batch, routed_model
 from router_tuning import RouterTuningConfig, RoutingConfig, attach, dense, detach, routing_of
-from router_tuning.attach import CONTINUOUS
 from router_tuning.errors import UnsupportedCallError
+from router_tuning.execution.causal import CONTINUOUS
 from tiny import EOS, PAD, tiny_model
 
 # PEFT 0.21 asks transformers 5.24 for it whenever a PeftModel is made.

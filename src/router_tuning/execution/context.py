@@ -1,6 +1,6 @@
 """One object a forward, and the options of a call.
 
-A `ForwardContext` is made at the model's door (attach.py) and travels to every attention as a
+A `ForwardContext` is made at the model's door (door.py) and travels to every attention as a
 keyword argument, which hands it to the MLP behind it, so it survives activation checkpointing.
 Options of a call (`record`, `replay`, `dense`, ...) live in a context variable while a `with` block
 runs. Nothing of either is kept on a module.
