@@ -68,6 +68,8 @@ TOLD = (
     "lm_weight",
 )
 """Arguments of a training whose defaults a result names."""
+LATER = {"lm_weight": 0.0}
+"""What older results do not name, since it was not there."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def main() -> None:
     if options.random and "random" not in document:
         found = _random(bench)
         _update(path, lambda document: document.update(random=found))
-    done = [(run["setting"], run["seed"], run["tuning"]) for run in document["runs"]]
+    done = [(run["setting"], run["seed"], {**LATER, **run["tuning"]}) for run in document["runs"]]
     for seed in options.seeds:
         for setting in options.settings:
             if (setting, seed, _tuning(options)) not in done:

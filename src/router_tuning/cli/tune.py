@@ -193,6 +193,15 @@ def tune(
             help="Share of the tokens that are compared with the dense model. Fewer is faster.",
         ),
     ] = None,
+    lm_weight: Annotated[
+        float | None,
+        typer.Option(
+            "--lm-weight",
+            rich_help_panel=TRAINING,
+            help="With --objective distill: add the cross entropy to the text, so many times. 0.1 "
+            "lowers the loss on text like --data's, and raises it a little elsewhere.",
+        ),
+    ] = None,
     answers_only: Annotated[
         bool,
         typer.Option(

@@ -61,6 +61,7 @@ class Settings:
     budget_weight: float | None = None
     threshold_range: float | None = None
     distill_positions: float | None = None
+    lm_weight: float | None = None
     prompts: int = 300
     answer_tokens: int = 128
     held_out: int = 32
@@ -154,6 +155,7 @@ def _arguments(
         "budget_weight",
         "threshold_range",
         "distill_positions",
+        "lm_weight",
     )
     given = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if save_every is not None:
