@@ -214,8 +214,9 @@ def _peers(path: Path) -> str:
     """What others' code costs, or what stopped it."""
     lines = [
         "**Others' code on the same model and text**, every second attention decided off or "
-        f"removed where that can be set, in each one's own environment ([{path.name}](benchmarks/results/"
-        f"{path.name}), [peers.py](benchmarks/peers.py)). Time over the dense model of that "
+        "removed where that can be set, in each one's own environment "
+        f"([{path.name}](benchmarks/results/{path.name}), [peers.py](benchmarks/peers.py)). "
+        "Time over the dense model of that "
         "environment; the share of attentions and MLPs that were computed in the prefill:",
         "",
         "| peer | prompt | prefill | decode | cache | attentions, MLPs | all kept is dense |",
