@@ -46,7 +46,6 @@ def main() -> int:
     _, after = rest.split(END)
     parts = [_demo(path) for path in sorted(RESULTS.glob("demo*.json"))]
     parts += [_speed(model) for model in MODELS if list(RESULTS.glob(f"bench-{model}-*.json"))]
-    parts += [_peers(path) for path in RESULTS.glob("peers.json")]
     parts += [_step(model) for model in MODELS if _result(f"training-step-{model}")]
     parts += [_units(model) for model in MODELS if _result(f"quality-{model}")]
     parts += [
@@ -208,35 +207,6 @@ def _saving(phase: dict[str, Any] | None) -> str:
     return f"{phase['over_dense']['routed']:.2f}" + (
         "" if saved is None else f" ({saved:.2f}{mark})"
     )
-
-
-def _peers(path: Path) -> str:
-    """What others' code costs, or what stopped it."""
-    lines = [
-        "**Others' code on the same model and text**, every second attention decided off or "
-        "removed where that can be set, in each one's own environment "
-        f"([{path.name}](benchmarks/results/{path.name}), [peers.py](benchmarks/peers.py)). "
-        "Time over the dense model of that "
-        "environment; the share of attentions and MLPs that were computed in the prefill:",
-        "",
-        "| peer | prompt | prefill | decode | cache | attentions, MLPs | all kept is dense |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, peer in json.loads(path.read_text())["peers"].items():
-        link = f"[{name}](https://github.com/{peer['source'].partition(':')[2]})"
-        if "error" in peer:
-            lines.append(f"| {link} | did not run: {peer['error']} | - | - | - | - | - |")
-            continue
-        for cell in peer["cells"]:
-            prefill, decode = (cell[p]["over_dense"]["peer"] for p in ("prefill", "decode"))
-            held, ran = cell["kv_bytes"], cell["computed"]["prefill"]
-            same = {True: "yes", False: "no", None: "cannot be set"}
-            lines.append(
-                f"| {link} | {cell['prompt_tokens']} | {prefill:.2f} | {decode:.2f} | "
-                f"{held['peer'] / held['dense']:.2f} | {ran['attention']:.2f}, {ran['mlp']:.2f} | "
-                f"{same[peer['laws']['all_kept_is_dense']]} |"
-            )
-    return "\n".join(lines)
 
 
 def _quality(path: Path) -> str:
