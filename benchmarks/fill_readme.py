@@ -139,8 +139,9 @@ def _speed(model: str) -> str:
         "share of the possible saving that was realised, with a star where the saving is too small "
         "to tell:",
         "",
-        "| adapter | rows x prompt | kept | prefill | decode | all kept | floor | masked | cache |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| adapter | rows x prompt + new | kept | prefill | decode | all kept | floor | masked | "
+        "end to end | cache |",
+        "|---|" + "---|" * 9,
     ]
     for path, document in found.items():
         name = f"[{_adapter(document['adapter'])}](benchmarks/results/{path.name})"
@@ -173,18 +174,19 @@ def _step(model: str) -> str:
 
 def _speed_cells(cell: dict[str, Any]) -> str:
     prefill, decode = cell["prefill"]["over_dense"], (cell["decode"] or {}).get("over_dense", {})
-    cache = cell["kv_bytes_counted"]
+    cache, whole = cell["kv_bytes_counted"], cell["end_to_end"]
     pairs = [
         f"{prefill[name]:.2f}, {decode[name]:.2f}" if name in decode else f"{prefill[name]:.2f}"
         for name in ("all_kept", "floor")
     ]
     cells = [
-        f"{cell['batch_size']} x {cell['prompt_tokens']}",
+        f"{cell['batch_size']} x {cell['prompt_tokens']} + {cell['new_tokens']}",
         f"{cell['kept_of_routed']:.2f}",
         _saving(cell["prefill"]),
         _saving(cell["decode"]),
         *pairs,
         f"{prefill['masked']:.2f}" if "masked" in prefill else "-",
+        f"{whole['routed'] / whole['dense']:.2f}" if whole else "-",
         f"{cache['routed'] / cache['dense']:.2f}",
     ]
     return " | ".join(cells)
