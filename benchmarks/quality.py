@@ -314,7 +314,10 @@ def _train(bench: Bench, routed: Any, seed: int) -> list[dict[str, Any]]:
             use_cpu=not torch.cuda.is_available(),
             **options.argument,
         )
-        trainer = _TaughtFromMemory(routed, arguments, train_dataset=WindowDataset(bench.train))
+        # A seed sets which rows the warm start looks at, too: the first.
+        order = torch.randperm(len(bench.train), generator=torch.Generator().manual_seed(seed))
+        rows = WindowDataset(bench.train.take(order))
+        trainer = _TaughtFromMemory(routed, arguments, train_dataset=rows)
         trainer.known = bench.teacher
         trainer.train()
     return [entry for entry in trainer.state.log_history if "kept" in entry]

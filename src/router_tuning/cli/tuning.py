@@ -129,8 +129,9 @@ def train(
     checkpoint = last_complete_checkpoint(str(out / WORK))
     if checkpoint is None:
         rows = material.train.take(range(min(ROWS, len(material.train))))
-        with bar("Running without each layer in turn") as progress:
-            warm_start(model, [{"input_ids": ids} for ids in rows.ids.split(1)], progress)
+        with bar("Finding how much the model needs each unit") as progress:
+            batches = [{"input_ids": ids} for ids in rows.ids.split(1)]
+            warm_start(model, batches, progress, seed=settings.seed)
     arguments = _arguments(model, settings, out, evaluate, save_every)
     with bar(f"Training {num_router_parameters(model)} router parameters") as progress:
         trainer = RouterTrainer(

@@ -100,6 +100,8 @@ class ForwardContext:
     record: ForwardRecord
     prompt_BT: Tensor | None = None
     """With pooling="prompt": True at the tokens that decide; None where earlier ones did."""
+    weighed_keys: bool = False
+    """As in CallOptions."""
 
     @functools.cached_property
     def config(self) -> RoutingConfig:
@@ -228,6 +230,8 @@ class CallOptions:
     trace: Trace | None = None
     lowered_B: Tensor | None = None
     """By how many logits each row's threshold is lowered."""
+    weighed_keys: bool = False
+    """Whether gradients reach a decision through its token's key too (masked path, kv="kept")."""
     prompt_end: int | Tensor | None = None
     """The column that the prompts end before, or one a row (B,); None where it is not known."""
     keywords: Mapping[str, Any] = field(default_factory=dict)
@@ -419,6 +423,15 @@ def lowered_thresholds(model: nn.Module, by_B: Tensor) -> Iterator[None]:
 
 
 @contextmanager
+def weighed_keys(model: nn.Module) -> Iterator[None]:
+    """Let gradients reach decisions through the keys of their tokens too, inside the block: on the
+    masked path, with kv="kept".
+    """
+    with _with_options(model, weighed_keys=True):
+        yield
+
+
+@contextmanager
 def called_with(model: nn.Module, keywords: Mapping[str, Any]) -> Iterator[None]:
     """Bring our keywords from the causal LM to its decoder, which some families call without."""
     with _with_options(model, keywords=keywords):
@@ -475,6 +488,7 @@ def open_forward(
         real_BC=real_BC,
         sequence_BT=sequence_BT,
         host_threshold_B1=_threshold_column(thresholds, batch, options.lowered_B),
+        weighed_keys=options.weighed_keys,
         decider=options.decider,
         record=ForwardRecord(start, real_BT, routing.config.kv == "kept", sequence_BT=sequence_BT),
     )

@@ -43,8 +43,12 @@ def masked_call(
     context.note(unit, decided.record(write_BT, context))
     mask = call.mask
     # Nothing hidden: the dense call itself, so that fresh routers change no bit.
-    if context.config.kv == "kept" and int(keep_BT.sum()) < context.num_real:
+    if context.config.kv == "kept" and (
+        context.weighed_keys or int(keep_BT.sum()) < context.num_real
+    ):
         mask = _kept_keys_mask(attention, call, keep_BT, context)
+        if context.weighed_keys and decided.soft_BT is not None:
+            mask = _weighed(mask, decided.soft_BT, call.x_BTD.dtype, context)
     return call.without_cache(mask).run(dense_forward)
 
 
@@ -75,6 +79,21 @@ def _kept_keys_mask(
     if implementation == "sdpa":
         return mask
     return additive(mask, call.x_BTD.dtype)
+
+
+def _weighed(mask: Tensor, soft_BT: Tensor, dtype: torch.dtype, context: ForwardContext) -> Tensor:
+    """The same mask, additive, through which a key's logarithmic weight hands its gradient to its
+    token's decision: (B, 1, T, T).
+
+    With weight k_j before the softmax, d out_i / d k_j = w_ij (v_j - out_i) at k_j = 1.
+    """
+    column_T = context.column_T
+    lasting_TT = ~recent(column_T[None], column_T[None], max(context.config.kv_window, 1))[0]
+    sink_BT = context.position_BT < context.config.kv_sink
+    weight_BT = (soft_BT - soft_BT.detach()).masked_fill(sink_BT, 0.0)
+    if mask.dtype == torch.bool:
+        mask = additive(mask, dtype)
+    return mask + (weight_BT[:, None, None] * lasting_TT).to(dtype)
 
 
 def _as_bool(mask: Any) -> Tensor | None:

@@ -49,7 +49,7 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     anneal_fraction: float = field(
-        default=0.5,
+        default=0.3,
         metadata={
             "help": "The target goes from 1 to the budget over this part of the steps, in [0, 1]."
         },
@@ -57,12 +57,12 @@ class RouterTrainingArguments(TrainingArguments):
     warm_start: int = field(
         default=ROWS,
         metadata={
-            "help": "Fresh routers begin with what the model loses without each unit alone, as "
-            "measured on so many training rows; 0 begins with all units alike."
+            "help": "Fresh routers begin as a fit to how sensitive the model is to each unit at each "
+            "token, on so many training rows at most; 0 begins with all alike."
         },
     )
     threshold_range: float = field(
-        default=3.0,
+        default=2.0,
         metadata={
             "help": "Every second row of a batch decides at a threshold lowered by up to so many "
             "logits, so that the adapter learns larger budgets too; these rows do not count "
@@ -84,14 +84,14 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     learning_rate: float = field(
-        default=3e-3,
+        default=2e-3,
         metadata={
             "help": "Learning rate of the routers' weights, for inputs that spread by 1: each "
             "router's is divided by the spread of its input."
         },
     )
     bias_learning_rate: float = field(
-        default=3e-2,
+        default=5e-2,
         metadata={
             "help": "Learning rate of the routers' scalar biases, which set how much is kept."
         },
@@ -106,8 +106,8 @@ class RouterTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(  # constant while the target moves, then down
         default="warmup_stable_decay", metadata={"help": "Any scheduler of transformers."}
     )
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Largest norm of the gradient; 0 does not clip."}
+    max_grad_norm: float = field(  # what is large depends on the size of the routers' inputs
+        default=0.0, metadata={"help": "Largest norm of the gradient; 0 does not clip."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     save_steps: float = field(  # a checkpoint is a few hundred kB

@@ -104,6 +104,25 @@ def lm_loss(
     return _sum_over_chunks(hidden_ND, cross_entropy, head, chunk_bytes)
 
 
+def sampled_loss(
+    hidden_ND: Tensor, head: Head, generator: torch.Generator, *, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """Sum of the cross entropies to tokens drawn from the model itself, in nats.
+
+    The expected square of its derivative by anything is that thing's Fisher information.
+    """
+
+    def cross_entropy(hidden_nD: Tensor, start: int) -> Tensor:
+        logits_nV = head(hidden_nD).float()
+        with torch.no_grad():
+            # The least of exponential waits is drawn with probability proportional to its rate.
+            waits_nV = torch.empty_like(logits_nV).exponential_(generator=generator)
+            drawn_n = (logits_nV.softmax(-1) / waits_nV).argmax(-1)
+        return functional.cross_entropy(logits_nV, drawn_n, reduction="sum")
+
+    return _sum_over_chunks(hidden_ND, cross_entropy, head, chunk_bytes)
+
+
 def shifted_targets(hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states that predict a labelled token, and those tokens: (N, D), (N,)."""
     predicts_BT = labels_BT[:, 1:] != IGNORED

@@ -2,7 +2,10 @@
 
 Inputs of one model are many times larger than those of another, and a step of the same length would
 move its logits as many times as far. So the learning rate of a router's weights is divided by the
-spread of its input. Knows nothing of losses or of the Trainer.
+spread of its input. And Adam makes all steps equally long, however small the gradients: it would
+walk at random with routers that have settled far from the threshold, until a text comes for which
+the first layers are skipped. So its epsilon is set to what gradients of unsettled routers measure.
+Knows nothing of losses or of the Trainer.
 
 Shapes: B batch, T tokens, N real tokens, D hidden.
 """
@@ -22,9 +25,15 @@ from router_tuning.execution.context import ForwardContext, decided_by, routers_
 from router_tuning.routers import input_weight, scalar_bias
 from router_tuning.training.arguments import RouterTrainingArguments
 from router_tuning.training.budget import all_reduce_sum
-from router_tuning.training.warm_start import Inputs, on_device
+from router_tuning.training.sensitivity import Inputs, on_device
 from router_tuning.units import Unit, decoder_of
 
+SPREAD_ROWS = 2
+"""Training rows that tell how far inputs spread."""
+DAMPING = 0.03
+"""Adam's epsilon for a router's weights, as for inputs that spread by 1: decision 0010."""
+BIAS_DAMPING = 0.01
+"""The same for biases."""
 LEAST = 0.01
 """Smallest spread that is believed, as a part of the median over units: rows of one and the same
 token have none."""
@@ -66,11 +75,25 @@ class _Spread:
 
 
 def parameter_groups(
-    model: nn.Module, args: RouterTrainingArguments, spreads: Mapping[str, float]
+    model: nn.Module,
+    args: RouterTrainingArguments,
+    spreads: Mapping[str, float],
+    *,
+    damped: bool = True,
 ) -> list[dict[str, Any]]:
     """A group for each router's input weight, with its `spread` and the learning rate divided by
     it; one for what else trains in the routers; and one for the biases.
+
+    Args:
+        model: with routers.
+        args: learning rates and weight decay.
+        spreads: of the routers' inputs, by unit; 1 where there is none.
+        damped: whether the optimizer has an epsilon, as Adam has.
     """
+
+    def damping(size: float) -> dict[str, float]:
+        return {"eps": size} if damped else {}
+
     decay = args.weight_decay
     groups: list[dict[str, Any]] = []
     others: list[nn.Parameter] = []
@@ -80,16 +103,14 @@ def parameter_groups(
         if weight is not None:
             spread = spreads.get(name, 1.0)
             rate = args.learning_rate / spread
-            groups.append({"params": [weight], "lr": rate, "weight_decay": decay, "spread": spread})
+            group = {"params": [weight], "lr": rate, "weight_decay": decay, "spread": spread}
+            groups.append(group | damping(DAMPING * spread))
         rest = [p for p in router.parameters() if p.requires_grad]
         others += [p for p in rest if p is not weight and p is not bias]
         biases += [] if bias is None else [bias]
-    return [
-        *groups,
-        *_group(others, args.learning_rate, decay),
-        *_group(biases, args.bias_learning_rate, 0.0),
+    shared = [
+        {"params": others, "lr": args.learning_rate, "weight_decay": decay},
+        {"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0}
+        | damping(BIAS_DAMPING),
     ]
-
-
-def _group(parameters: list[nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
-    return [{"params": parameters, "lr": rate, "weight_decay": decay}] if parameters else []
+    return groups + [group for group in shared if group["params"]]

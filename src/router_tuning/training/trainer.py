@@ -59,14 +59,14 @@ from router_tuning.training.objectives import (
     next_tokens,
     shifted_targets,
 )
-from router_tuning.training.optimizer import input_spread, parameter_groups
+from router_tuning.training.optimizer import SPREAD_ROWS, input_spread, parameter_groups
 from router_tuning.training.safety import (
     StopRequest,
     last_complete_checkpoint,
     stop_on_interrupt,
 )
 from router_tuning.training.shared_prefix import Prefix, capture_prefix, reuse_prefix
-from router_tuning.training.warm_start import ROWS, is_fresh, warm_start
+from router_tuning.training.warm_start import is_fresh, warm_start
 from router_tuning.units import decoder_of
 
 if TYPE_CHECKING:
@@ -276,13 +276,14 @@ class RouterTrainerMixin(_Trainer):
         if self.optimizer is None:
             model = self.routed if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
-            groups = parameter_groups(self.routed, self.args, self._spreads())
+            damped = isinstance(kwargs.get("eps"), float)
+            groups = parameter_groups(self.routed, self.args, self._spreads(), damped=damped)
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
     def _spreads(self) -> dict[str, float]:
         with self.compute_loss_context_manager():
-            return input_spread(self.routed, self._first_rows(ROWS))
+            return input_spread(self.routed, self._first_rows(SPREAD_ROWS))
 
     def _first_rows(self, number: int) -> list[dict[str, Tensor]]:
         """The first training rows, each a batch of its own; none where they hold no token ids.
@@ -391,7 +392,12 @@ class RouterTrainerMixin(_Trainer):
             self.compute_loss_context_manager(),
             logging.tqdm(desc="Warm start", leave=False, disable=self.args.disable_tqdm) as shown,
         ):
-            warm_start(self.routed, rows, lambda done, total: _advance(shown, done, total))
+            warm_start(
+                self.routed,
+                rows,
+                lambda done, total: _advance(shown, done, total),
+                seed=self.args.seed,
+            )
 
     def stop_if_asked(self) -> None:
         """Turn a Ctrl-C that was pressed during the last step into the exception."""
