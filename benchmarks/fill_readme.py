@@ -37,6 +37,8 @@ UNITS = {
 }
 """What is routed: the end of its result file's name, and its settings."""
 UNITS_KEPT = (0.9, 0.75)
+EARLIER_ROWS = 2
+"""The default of `warm_start` while it measured the harm of each unit's absence (decision 0005)."""
 
 
 def main() -> int:
@@ -257,11 +259,12 @@ def _groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _name(run: dict[str, Any]) -> str:
-    """The setting, and the learning rates of weights and biases."""
+    """The setting, the learning rates of weights and biases, and what else is not as by default."""
     tuning = run["tuning"]
+    start = "; old start" if tuning.get("warm_start") == EARLIER_ROWS else ""
     rates = f"{tuning['learning_rate']:g} / {tuning['bias_learning_rate']:g}"
     text = tuning.get("lm_weight", 0)
-    return f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "")
+    return f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "") + start
 
 
 def _tuned_on(run: dict[str, Any]) -> str:

@@ -94,6 +94,7 @@ def trainer_of(
         "warm_start": 0,
         "bias_learning_rate": 0.1,
         "learning_rate": 1e-2,
+        "anneal_fraction": 0.5,
         "threshold_range": 0.0,  # all rows alike, so that every loss can be worked out again
     }
     given = {**defaults, "use_cpu": True, "disable_tqdm": True, **fields}
@@ -163,7 +164,7 @@ def test_kept_meets_the_budget_from_both_sides(
         tmp_path,
         rows(32, 24),
         per_device_train_batch_size=16,
-        max_steps=60,
+        max_steps=90,
         save_strategy="no",
     )
     trainer.train()

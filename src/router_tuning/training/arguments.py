@@ -57,8 +57,8 @@ class RouterTrainingArguments(TrainingArguments):
     warm_start: int = field(
         default=ROWS,
         metadata={
-            "help": "Fresh routers begin as a fit to how sensitive the model is to each unit at each "
-            "token, on so many training rows at most; 0 begins with all alike."
+            "help": "Fresh routers begin as a fit to how sensitive the model is to each unit, "
+            "token by token, on so many training rows at most; 0 begins with all alike."
         },
     )
     threshold_range: float = field(

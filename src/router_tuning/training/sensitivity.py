@@ -20,13 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from router_tuning.data import evaluation_mode
-from router_tuning.execution.context import execute, routers_of, routing_of, weighed_keys
+from router_tuning.execution.context import (
+    execute,
+    prompts_until,
+    routers_of,
+    routing_of,
+    weighed_keys,
+)
+from router_tuning.execution.prompts import label_starts
 from router_tuning.training.objectives import head_of, sampled_loss
 from router_tuning.units import decoder_of, granularity_of, is_sequence
 
 Progress = Callable[[int, int], None]
 Inputs = Mapping[str, Tensor]
-"""What a forward gets, without labels: "input_ids" (B, T), and "attention_mask" where padded."""
+"""What a forward gets: "input_ids" (B, T), and "attention_mask" where padded. Of "labels", which no
+forward gets, only where prompts end is read."""
 
 RIDGE = 1.0
 """Weight of the squared length of a router's weights, for inputs that spread by 1. Less of it fits
@@ -76,7 +84,7 @@ def sensitivities(
 
     Args:
         model: a routed causal LM with fresh routers.
-        batches: a row of text each.
+        batches: a row of text each, with labels where prompts decide.
         progress: called with rows done, and rows in all.
         seed: of the tokens that are drawn.
     """
@@ -93,6 +101,7 @@ def sensitivities(
         with (
             torch.enable_grad(),
             evaluation_mode(model),
+            prompts_until(model, label_starts(inputs["labels"]) if "labels" in inputs else None),
             execute(model, "masked"),
             weighed_keys(model),
             _logits_as_leaves(model) as asked,
