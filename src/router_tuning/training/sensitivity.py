@@ -88,44 +88,55 @@ def sensitivities(
         progress: called with rows done, and rows in all.
         seed: of the tokens that are drawn.
     """
-    decoder, head = decoder_of(model), head_of(model)
-    units = routing_of(model).units
-    seen = {unit.name: Seen() for unit in units}
-    tokens = sum(given["input_ids"].numel() for given in batches)
-    row_bytes = len(units) * decoder.config.hidden_size * next(model.parameters()).element_size()  # type: ignore[union-attr, operator]
-    every = max(math.ceil(tokens * row_bytes / STORED_BYTES), 1)
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    routing, config = routing_of(model), decoder_of(model).config
+    deciding = {u.name: is_sequence(granularity_of(routing.config, u)) for u in routing.units}
+    seen = {name: Seen() for name in deciding}
+    weight = next(model.parameters())
+    token_bytes = len(seen) * config.hidden_size * weight.element_size()  # type: ignore[union-attr, operator]
+    tokens = sum(inputs["input_ids"].numel() for inputs in batches)
+    every = max(math.ceil(tokens * token_bytes / STORED_BYTES), 1)
+    generator = torch.Generator(weight.device).manual_seed(seed)
     for number, inputs in enumerate(batches, start=1):
-        given = on_device(model, inputs)
-        real_BT = real_tokens(given)
-        with (
-            torch.enable_grad(),
-            evaluation_mode(model),
-            prompts_until(model, label_starts(inputs["labels"]) if "labels" in inputs else None),
-            execute(model, "masked"),
-            weighed_keys(model),
-            _logits_as_leaves(model) as asked,
-        ):
-            hidden_ND = decoder(**given, use_cache=False)[0][real_BT]
-            loss = sampled_loss(hidden_ND, head, generator)
-            leaves = [leaf for _, leaf in asked.values()]
-            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
-        for (name, (x, leaf)), slope in zip(asked.items(), slopes, strict=True):
-            if slope is None:  # shorter than the tokens that decide
-                continue
-            # The gate's gradient is the sigmoid's (decide.py), the same for all fresh logits.
-            probability = leaf.detach().sigmoid()
-            score = slope.float() / (probability * (1 - probability))
-            unit = next(u for u in units if u.name == name)
-            if is_sequence(granularity_of(routing_of(model).config, unit)):
-                _note_sequences(seen[name], x, score, real_BT)
+        real_BT = real_tokens(on_device(model, inputs))
+        told_BT = real_BT & (torch.arange(real_BT.shape[1], device=real_BT.device) % every == 0)
+        for name, (x_BTD, score_BT) in _scores(model, inputs, generator).items():
+            if deciding[name]:
+                _note_sequences(seen[name], x_BTD, score_BT, real_BT)
             else:
-                chosen_BT = real_BT & (torch.arange(real_BT.shape[1]) % every == 0).to(x.device)
-                seen[name].inputs.append(x[chosen_BT])
-                seen[name].squares.append(score[chosen_BT].square())
+                seen[name].inputs.append(x_BTD[told_BT])
+                seen[name].squares.append(score_BT[told_BT].square())
         if progress is not None:
             progress(number, len(batches))
     return seen
+
+
+def _scores(
+    model: nn.Module, inputs: Inputs, generator: torch.Generator
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each router is given, and the derivative of drawn tokens' log probability by what it
+    decides: (B, T, D) and (B, T). Without units that nothing depends on, such as those of sequences
+    that end before they decide.
+    """
+    given = on_device(model, inputs)
+    labels_BT = inputs.get("labels")
+    with (
+        torch.enable_grad(),
+        evaluation_mode(model),
+        prompts_until(model, None if labels_BT is None else label_starts(labels_BT)),
+        execute(model, "masked"),
+        weighed_keys(model),
+        _logits_as_leaves(model) as asked,
+    ):
+        hidden_BTD: Tensor = decoder_of(model)(**given, use_cache=False)[0]
+        loss = sampled_loss(hidden_BTD[real_tokens(given)], head_of(model), generator)
+        slopes = torch.autograd.grad(loss, [leaf for _, leaf in asked.values()], allow_unused=True)
+    found = {}
+    for (name, (x, leaf)), slope in zip(asked.items(), slopes, strict=True):
+        if slope is not None:
+            # The gradient of a decision is that of the sigmoid of its logit (decide.py).
+            probability = leaf.detach().sigmoid()
+            found[name] = (x, slope.float() / (probability * (1 - probability)))
+    return found
 
 
 def _note_sequences(seen: Seen, x_BND: Tensor, score_BN: Tensor, real_BT: Tensor) -> None:
