@@ -49,8 +49,8 @@ def tune(
             "--data",
             rich_help_panel=TEXT,
             metavar="D",
-            help="A .jsonl or .txt file or a hub id. Without it: shipped prompts, answered by "
-            "the model.",
+            help="A .jsonl or .txt file or a hub id (org/name, org/name:config). Without it: "
+            "shipped prompts, answered by the model.",
         ),
     ] = None,
     granularity: Annotated[
