@@ -4,6 +4,7 @@ traceback.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 import router_tuning
 from router_tuning.cli import app, tuning
 from router_tuning.cli.adapters import RECORD, WORK
-from router_tuning.config import RoutingConfig
+from router_tuning.config import CALIBRATION_WINDOWS, RoutingConfig
 from router_tuning.errors import TrainingError
 from router_tuning.peft_config import RouterTuningConfig
 from tiny import SENTENCES, tiny_model, tiny_tokenizer
@@ -454,7 +455,16 @@ def test_calibrate_takes_what_tune_held_back(home: Path, own: Path, tmp_path: Pa
     assert config_of(own)["calibration"] == before  # the same text, the same thresholds
     document = read(file)
     assert document["run"]["data"] == {"calibrated": f"held back of {home / 'chat.jsonl'}"}
-    assert [row["budget"] for row in document["budgets"]] == list(BUDGETS)
+    assert [row["budget"] for row in document["budgets"]] == [0.9, 0.8, 0.75, 0.7]
+
+
+def test_every_calibration_takes_as_many_windows_by_default() -> None:
+    for verb, option in (("tune", "--held-out"), ("calibrate", "--limit")):
+        said = " ".join(run(verb, "--help").out.replace("│", " ").split())
+        assert f"[default: {CALIBRATION_WINDOWS}]" in said.partition(option)[2]
+    assert tuning.Settings(model="m").recipe().held_out == CALIBRATION_WINDOWS
+    chosen = inspect.signature(router_tuning.calibrate).parameters["max_windows"]
+    assert chosen.default == CALIBRATION_WINDOWS
 
 
 def test_calibrate_away_from_the_default_budget(own: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from router_tuning.config import check_budget
+from router_tuning.config import CALIBRATION_WINDOWS, check_budget
 from router_tuning.data import Example, Windows, make_windows
 from router_tuning.errors import BudgetError, DataError
 from router_tuning.execution.context import record, routing_of
@@ -44,7 +44,7 @@ def calibrate(
     held_out: Iterable[Example],
     budgets: Sequence[float] = BUDGETS,
     *,
-    max_windows: int = 16,
+    max_windows: int = CALIBRATION_WINDOWS,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Calibrate budgets on held-out examples; see `calibrate_windows`.

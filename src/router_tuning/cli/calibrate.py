@@ -24,6 +24,7 @@ from router_tuning.cli.options import (
     check_writable_folder,
 )
 from router_tuning.cli.records import run_record, write_json
+from router_tuning.config import CALIBRATION_WINDOWS
 from router_tuning.errors import AdapterError
 
 
@@ -41,7 +42,9 @@ def calibrate(
     budgets: Annotated[
         str, typer.Option("--budgets", help="Kept fractions to find thresholds for.")
     ] = "0.95,0.9,0.85,0.8,0.75,0.7,0.65,0.6,0.55,0.5",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Windows to use, at most.")] = 16,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Windows to use, at most.")
+    ] = CALIBRATION_WINDOWS,
     model: BaseModel = None,
     batch_size: BatchSize = 8,
     length: Length = 256,

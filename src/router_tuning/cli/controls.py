@@ -17,7 +17,6 @@ from router_tuning.adapter_folder import load_adapter
 from router_tuning.cli import tuning
 from router_tuning.cli.adapters import (
     ANSWERS,
-    SELECTION_WINDOWS,
     WORK,
     Loaded,
     default_recipe,
@@ -27,7 +26,7 @@ from router_tuning.cli.adapters import (
 from router_tuning.cli.console import bar
 from router_tuning.cli.material import Material, prepare
 from router_tuning.cli.tuning import Settings
-from router_tuning.config import threshold_for
+from router_tuning.config import CALIBRATION_WINDOWS, threshold_for
 from router_tuning.data import Windows, load_examples, make_windows
 from router_tuning.errors import ConfigError
 from router_tuning.evaluation.perplexity import evaluate
@@ -121,7 +120,7 @@ def _selection(
 ) -> tuple[Windows, str]:
     if controls.selection_data is not None:
         examples = load_examples(controls.selection_data)
-        windows = make_windows(loaded.tokenizer, examples, length=length, limit=SELECTION_WINDOWS)
+        windows = make_windows(loaded.tokenizer, examples, length=length, limit=CALIBRATION_WINDOWS)
         return windows, controls.selection_data
     if static is not None:  # the same text, read or sampled already
         return static.material.held_out, f"held back of {static.name}"

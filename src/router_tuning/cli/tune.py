@@ -23,6 +23,7 @@ from router_tuning.cli.options import (
     check_writable_folder,
 )
 from router_tuning.cli.records import command_line, run_record, write_json
+from router_tuning.config import CALIBRATION_WINDOWS
 from router_tuning.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def tune(
             min=1,
             help="Windows held back for calibration, at most.",
         ),
-    ] = 32,
+    ] = CALIBRATION_WINDOWS,
     budgets: Annotated[
         str, typer.Option("--budgets", help="Budgets to calibrate at the end.")
     ] = BUDGETS,

@@ -18,7 +18,7 @@ from router_tuning.cli.adapters import WORK
 from router_tuning.cli.console import Bar, bar, warn
 from router_tuning.cli.material import Material, Recipe
 from router_tuning.cli.options import granularities_in, layers_in
-from router_tuning.config import RoutingConfig, threshold_for
+from router_tuning.config import CALIBRATION_WINDOWS, RoutingConfig, threshold_for
 from router_tuning.data import WindowDataset, Windows
 from router_tuning.errors import BudgetError, ConfigError
 from router_tuning.evaluation.perplexity import window_loss
@@ -64,7 +64,7 @@ class Settings:
     lm_weight: float | None = None
     prompts: int = 300
     answer_tokens: int = 128
-    held_out: int = 32
+    held_out: int = CALIBRATION_WINDOWS
     dtype: str = "auto"
     seed: int = 0
 
