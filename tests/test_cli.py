@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import router_tuning
 from router_tuning.cli import app, tuning
 from router_tuning.cli.adapters import RECORD, WORK
-from router_tuning.config import CALIBRATION_WINDOWS, RoutingConfig
+from router_tuning.config import CALIBRATION_WINDOWS, GRANULARITIES, RoutingConfig
 from router_tuning.errors import TrainingError
 from router_tuning.peft_config import RouterTuningConfig
 from tiny import SENTENCES, tiny_model, tiny_tokenizer
@@ -171,11 +171,12 @@ def test_tune_leaves_an_adapter_and_its_record(home: Path, adapter: Path) -> Non
         WORK,
     }
     config = config_of(adapter)
-    assert [e["budget"] for e in config["calibration"]] == sorted(BUDGETS)
-    assert config["default_budget"] == 0.75  # the one that was trained for
+    # With the one that was trained for, which is then that of calls that name none.
+    assert [e["budget"] for e in config["calibration"]] == [0.7, 0.75, 0.8, 0.9]
+    assert config["default_budget"] == 0.75
     record = read(adapter / RECORD)
     assert record == read(home / "tuned.json")
-    assert [row["budget"] for row in record["budgets"]] == list(BUDGETS)
+    assert [row["budget"] for row in record["budgets"]] == [0.9, 0.8, 0.75, 0.7]
     for row in record["budgets"]:
         assert row["kept_fraction"] == pytest.approx(row["budget"], abs=0.05)
         assert row["loss"] > 0
@@ -230,9 +231,33 @@ def test_options_reach_the_adapter(home: Path, tmp_path: Path) -> None:
 def test_budgets_that_cannot_be_met_are_skipped(home: Path, tmp_path: Path) -> None:
     options = [*data_options(home, tmp_path), "--layers", "0,1", "--budgets", "0.9,0.6,0.5,0.4"]
     said = run("tune", *options)
-    assert [e["budget"] for e in config_of(tmp_path)["calibration"]] == [0.6, 0.9]
+    assert [e["budget"] for e in config_of(tmp_path)["calibration"]] == [0.6, 0.75, 0.9]
     assert read(tmp_path / RECORD)["not_calibrated"] == [0.5, 0.4]
     assert "0.500 of the executions run in any case; not calibrated: 0.5, 0.4" in said.said
+
+
+def test_the_budget_that_was_trained_for_is_calibrated(home: Path, tmp_path: Path) -> None:
+    options = [*data_options(home, tmp_path), "--budget", "0.4", "--budgets", "0.9,1"]
+    run("tune", *options)
+    assert [e["budget"] for e in config_of(tmp_path)["calibration"]] == [0.4, 0.9]
+    assert config_of(tmp_path)["default_budget"] == 0.4
+    run("generate", "--adapter", tmp_path, "--budget", "0.4", "--prompt", "Hello")
+
+
+def test_a_default_budget_that_cannot_be_met_is_told_of(home: Path, tmp_path: Path) -> None:
+    options = [*data_options(home, tmp_path), "--layers", "0,1", "--budget", "0.4"]
+    said = run("tune", *options, "--budgets", "0.9").said
+    assert "not calibrated: 0.4" in said
+    assert "budget 0.4 is not calibrated, so the adapter has no default budget" in said
+    assert config_of(tmp_path)["default_budget"] is None
+
+
+def test_every_kind_of_unit_is_in_the_help_and_can_be_tuned(home: Path, tmp_path: Path) -> None:
+    said = " ".join(run("tune", "--help").out.replace("│", " ").split())
+    assert all(name in said for name in GRANULARITIES)
+    options = [*data_options(home, tmp_path), "--granularity", "block_token"]
+    run("tune", *options, "--budgets", "0.9")
+    assert config_of(tmp_path)["granularity"] == "block_token"
 
 
 def test_sequence_prefixes_run_in_any_case(home: Path, tmp_path: Path) -> None:
@@ -451,7 +476,7 @@ def test_calibrate_rewrites_the_config(home: Path, own: Path, tmp_path: Path) ->
 def test_calibrate_takes_what_tune_held_back(home: Path, own: Path, tmp_path: Path) -> None:
     before = config_of(own)["calibration"]
     file = tmp_path / "c.json"
-    run("calibrate", "--adapter", own, "--budgets", "0.9,0.8,0.7", "--json", file)
+    run("calibrate", "--adapter", own, "--budgets", "0.9,0.8,0.75,0.7", "--json", file)
     assert config_of(own)["calibration"] == before  # the same text, the same thresholds
     document = read(file)
     assert document["run"]["data"] == {"calibrated": f"held back of {home / 'chat.jsonl'}"}
@@ -469,8 +494,15 @@ def test_every_calibration_takes_as_many_windows_by_default() -> None:
 
 def test_calibrate_away_from_the_default_budget(own: Path) -> None:
     said = run("calibrate", "--adapter", own, "--budgets", "0.95,0.9")
-    assert "0.75 is calibrated no longer" in said.said
+    assert "budget 0.75 is not calibrated, so the adapter has no default" in said.said
     assert config_of(own)["default_budget"] is None
+
+
+def test_a_budget_of_1_needs_no_calibration(own: Path) -> None:
+    said = refused(2, "calibrate", "--adapter", own, "--budgets", "1.0")
+    assert "a budget of 1 keeps everything and needs no calibration" in said
+    run("calibrate", "--adapter", own, "--budgets", "1,0.9")
+    assert [e["budget"] for e in config_of(own)["calibration"]] == [0.9]
 
 
 def test_calibrate_an_adapter_of_unknown_origin(own: Path) -> None:
@@ -783,7 +815,7 @@ def test_config_file_gives_options_and_the_command_line_wins(home: Path, tmp_pat
     config = config_of(tmp_path / "out")
     assert (config["kv_sink"], config["kv_window"]) == (1, 3)
     assert config["layers"] == [0, 2]
-    assert [e["budget"] for e in config["calibration"]] == [0.8, 0.9]
+    assert [e["budget"] for e in config["calibration"]] == [0.75, 0.8, 0.9]
     assert read(tmp_path / "out" / RECORD)["settings"]["steps"] == 2
 
 
@@ -880,8 +912,8 @@ def demo_options(home: Path, out: Path) -> list[object]:
 
 def test_demo_leaves_adapter_numbers_and_figure(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = [*demo_options(home, out), "--budgets", "0.75,0.5", "--json", tmp_path / "d.json"]
-    said = run(*options)
+    options = [*demo_options(home, out), "--budgets", "0.75", "--budget", "0.5"]
+    said = run(*options, "--json", tmp_path / "d.json")
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     ours = {"demo.json", "demo.png", "tune.json", "checkpoints"}
     assert {p.name for p in out.iterdir()} == names | ours

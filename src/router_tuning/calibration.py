@@ -133,9 +133,11 @@ def _wanted(budgets: Sequence[float]) -> list[float]:
             f"budgets to calibrate must be a list of numbers, got {budgets!r}; write [0.8] for one"
         )
     wanted = sorted({check_budget(b) for b in given}, reverse=True)
-    if not wanted or wanted[0] == 1.0:
+    if not wanted:
+        raise BudgetError("there are no budgets to calibrate; give some, such as (0.9, 0.8, 0.7)")
+    if wanted[0] == 1.0:
         raise BudgetError(
-            f"budgets to calibrate must lie between 0 and 1 (1 keeps all anyway), got {given}"
+            f"a budget of 1 keeps everything and needs no calibration; leave it out of {given}"
         )
     return wanted
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from router_tuning.cli.console import show, stdout, warn
+from router_tuning.cli.console import show, stdout
 from router_tuning.cli.options import (
     Adapter,
     BaseModel,
@@ -20,7 +20,7 @@ from router_tuning.cli.options import (
     JsonFile,
     Length,
     Seed,
-    budgets_in,
+    budgets_to_calibrate,
     check_writable_folder,
 )
 from router_tuning.cli.records import run_record, write_json
@@ -61,7 +61,7 @@ def calibrate(
     note.
     """
     started = time.time()
-    wanted = budgets_in(budgets)
+    wanted = budgets_to_calibrate(budgets)
     _check_folder(adapter)
     from router_tuning.cli import tuning
     from router_tuning.cli.adapters import load_routed, text_held_back
@@ -76,12 +76,9 @@ def calibrate(
     else:
         windows = make_windows(loaded.tokenizer, examples, length=length, limit=limit)
         name = str(data)
-    routing = routing_of(loaded.model).config
-    default = routing.default_budget
+    default = routing_of(loaded.model).config.default_budget
     skipped = tuning.calibrate_what_can_be_met(loaded.model, windows, wanted, batch_size)
     tuning.choose_default(loaded.model, default)
-    if routing.default_budget != default:
-        warn(f"the default budget {default:g} is calibrated no longer, so the adapter has none now")
     rows = tuning.budget_rows(loaded.model, windows, batch_size)
     _save(loaded.model, adapter)
     result: dict[str, Any] = {

@@ -16,7 +16,7 @@ from router_tuning.cli.options import (
     Device,
     JsonFile,
     Seed,
-    budgets_in,
+    budgets_to_calibrate,
     check_writable_folder,
 )
 from router_tuning.cli.records import run_record, write_json
@@ -77,7 +77,6 @@ def demo(
     on. Takes some minutes on two free CPU cores.
     """
     started = time.time()
-    wanted = budgets_in(budgets)
     from router_tuning.cli.adapters import RECORD
     from router_tuning.cli.tuning import Settings
 
@@ -98,6 +97,7 @@ def demo(
         seed=seed,
     )
     settings.routing()
+    wanted = budgets_to_calibrate(budgets, budget)
     _prepare_folder(out, overwrite)
     result = _run(settings, out, wanted, device, prompt, max_new_tokens)
     result["run"] = run_record(

@@ -19,7 +19,7 @@ from router_tuning.cli.options import (
     JsonFile,
     Length,
     Seed,
-    budgets_in,
+    budgets_to_calibrate,
     check_writable_folder,
 )
 from router_tuning.cli.records import command_line, run_record, write_json
@@ -60,8 +60,8 @@ def tune(
             "--granularity",
             rich_help_panel=ROUTERS,
             metavar="G",
-            help="attn_token, attn_sequence, mlp_token or mlp_sequence; one of each kind, with a "
-            "comma between them.",
+            help="attn_token, attn_sequence, mlp_token or mlp_sequence, or one for attention and "
+            "one for MLPs with a comma between them; or block_token or block_sequence alone.",
         ),
     ] = "attn_token",
     kv: Annotated[
@@ -138,7 +138,7 @@ def tune(
             "--decide-after",
             rich_help_panel=ROUTERS,
             min=1,
-            help="attn_sequence, mlp_sequence: tokens that decide.",
+            help="attn_sequence, mlp_sequence, block_sequence: tokens that decide.",
         ),
     ] = 32,
     router: Annotated[
@@ -261,11 +261,11 @@ def tune(
     shown are of it. Ctrl-C leaves a checkpoint; --resume continues it.
     """
     started = time.time()
-    wanted = budgets_in(budgets)
     from router_tuning.cli.tuning import Settings
 
     settings = Settings.of(ctx.params)
     settings.routing()
+    wanted = budgets_to_calibrate(budgets, settings.budget)
     _prepare_folder(out, settings, resume, overwrite)
     try:
         result = _run(ctx, settings, out, wanted, device, save_every, started)

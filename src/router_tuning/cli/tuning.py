@@ -244,8 +244,17 @@ def always_run(model: Any, windows: Windows) -> float:
 
 
 def choose_default(model: Any, budget: float | None) -> None:
-    """Make a budget that of calls which name none; no default where it is not calibrated."""
-    set_budget(model, budget if is_calibrated(model, budget) else None)
+    """Make a budget that of calls which name none; no default, and a note, where it is not
+    calibrated.
+    """
+    if budget is None or is_calibrated(model, budget):
+        set_budget(model, budget)
+        return
+    set_budget(model, None)
+    warn(
+        f"budget {budget:g} is not calibrated, so the adapter has no default budget: calls that "
+        f"name none run at the routers' own threshold"
+    )
 
 
 def is_calibrated(model: Any, budget: float | None) -> bool:
