@@ -709,6 +709,21 @@ def test_eval_leaves_learned_static_out_when_told(
     assert document["run"]["data"]["selection"] == str(home / "chat.jsonl")
 
 
+def test_learned_static_at_budget_1_is_dense_and_needs_no_tuning(
+    home: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "train", lambda *a, **k: pytest.fail("trained"))
+    file = tmp_path / "e.json"
+    options = ["--length", "32", "--limit", "2", "--budgets", "1.0", "--json", file]
+    run("eval", "--adapter", adapter, "--data", home / "plain.txt", "--compare", *options)
+    document = read(file)
+    (row,) = document["learned_static"]
+    assert row.keys() == MEASURES
+    assert (row["budget"], row["kept_fraction"]) == (1.0, 1.0)
+    assert row["loss"] == document["dense"]["loss"] == document["static_greedy"][0]["loss"]
+    assert "not tuned" in document["run"]["data"]["learned_static"]
+
+
 def test_eval_on_text_of_training_says_so(home: Path, adapter: Path) -> None:
     options = ["--length", "32", "--limit", "2", "--budgets", "0.9"]
     said = run("eval", "--adapter", adapter, "--data", home / "chat.jsonl", *options).said

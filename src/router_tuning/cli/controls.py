@@ -75,9 +75,10 @@ def measure(
             )
         return result, {}
     static = None
+    tuned_here = controls.learned_static is None and controls.static_steps != 0
     if controls.learned_static is not None:
         _check_static(controls.learned_static, adapter, budgets)
-    elif controls.static_steps != 0 and min(budgets) < 1:
+    elif tuned_here and min(budgets) < 1:
         static = _plan(adapter, loaded, controls)
     selection, chosen_on = _selection(controls, adapter, loaded, windows.ids.shape[1], static)
     with bar(f"Evaluating {windows.num_tokens} tokens, with controls") as progress:
@@ -99,9 +100,18 @@ def measure(
     elif controls.learned_static is not None:
         names["learned_static"] = controls.learned_static
         routed = load_adapter(controls.learned_static, base).eval()
+    elif tuned_here:
+        names["learned_static"] = "not tuned: a budget of 1 keeps every unit"
+        return {**result, "learned_static": [_dense_row(result["dense"])]}, names
     else:
         return result, names
     return {**result, "learned_static": _rows(routed, windows, budgets, batch_size)}, names
+
+
+def _dense_row(dense: dict[str, Any]) -> dict[str, Any]:
+    """The row of a budget of 1."""
+    shares = dict.fromkeys(("budget", "kept_fraction", "kept_of_routed", "flops_fraction"), 1.0)
+    return {**shares, "loss": dense["loss"], "answer_loss": dense["answer_loss"]}
 
 
 def _rows(
