@@ -90,6 +90,12 @@ def check_writable_folder(folder: Path) -> None:
         ) from error
 
 
+def is_typed(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stood on the command line; else it is a default, or of a --config file."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 # --- Callbacks ------------------------------------------------------------------------------------
 
 

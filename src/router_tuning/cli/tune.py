@@ -21,8 +21,9 @@ from router_tuning.cli.options import (
     Seed,
     budgets_to_calibrate,
     check_writable_folder,
+    is_typed,
 )
-from router_tuning.cli.records import command_line, run_record, write_json
+from router_tuning.cli.records import command_line, program, run_record, write_json
 from router_tuning.config import CALIBRATION_WINDOWS
 from router_tuning.errors import ConfigError, TrainingError
 
@@ -266,6 +267,8 @@ def tune(
     settings = Settings.of(ctx.params)
     settings.routing()
     wanted = budgets_to_calibrate(budgets, settings.budget)
+    if resume and is_typed(ctx, "resume") and not is_typed(ctx, "overwrite"):
+        overwrite = False  # of a --config file, which the tuning to be resumed began with
     _prepare_folder(out, settings, resume, overwrite)
     try:
         result = _run(ctx, settings, out, wanted, device, save_every, started)
@@ -339,6 +342,8 @@ def _prepare_folder(out: Path, settings: Settings, resume: bool, overwrite: bool
         raise ConfigError(f"--out {out} is a file; wanted a folder")
     here = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     earlier = _earlier(out / RECORD)
+    if earlier is not None and _is_empty(out, here, earlier):
+        here, earlier = [], None
     if here and not overwrite:
         _refuse(out, here, earlier, settings, resume)
     elif resume:
@@ -350,6 +355,14 @@ def _prepare_folder(out: Path, settings: Settings, resume: bool, overwrite: bool
     if earlier is None or overwrite:
         record = {"format": 1, "finished": False, "settings": asdict(settings)}
         write_json(out / RECORD, {**record, "recipe": asdict(settings.recipe())})
+
+
+def _is_empty(out: Path, here: list[str], earlier: dict[str, Any]) -> bool:
+    """Whether a tuning ended before it had anything to keep, as after a mistyped --data."""
+    from router_tuning.cli.adapters import RECORD, WORK
+
+    begun = earlier.get("finished") or any((out / WORK).glob("*"))
+    return not begun and set(here) <= {RECORD, WORK}
 
 
 def _refuse(
@@ -403,7 +416,7 @@ def _after_stop(ctx: typer.Context, out: Path) -> str:
         saved = "no checkpoint was written yet, so the training starts at its beginning"
     else:
         saved = f"step {checkpoint.name.rpartition('-')[2]} is saved"
-    arguments = command_line(ctx, "--resume").replace(" --overwrite", "")
+    arguments = command_line(ctx, "--resume", program=program()).replace(" --overwrite", "")
     return f"{saved}; continue with --resume:\n  {arguments}"
 
 
