@@ -78,6 +78,8 @@ POLICIES = ({"kv": "all"}, {"kv": "kept"}, {"kv": "kept", "sink": 5, "window": 3
 SEVERAL = ("attn_token+mlp_token", "attn_sequence+mlp_token", "attn_token+mlp_sequence")
 REPRESENTATIVES = ("llama", "gemma3", "gpt_neox", "olmo2", "deepseek_v3", "mixtral", "falcon")
 """One family of each build: known parts, sandwich, parallel, post-norm, latent, experts, tuples."""
+FIRST_FIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+"""The families that most people run: they are in every law."""
 
 
 def _cases(family: str) -> Iterator[Case]:
@@ -94,6 +96,8 @@ CASES = [case for family in FAMILIES for case in _cases(family)]
 """The whole matrix, for the central laws."""
 SOME_CASES = [case for case in CASES if case.family in REPRESENTATIVES]
 """For what is special or slow."""
+MORE_CASES = [case for case in CASES if case.family in {*REPRESENTATIVES, *FIRST_FIVE}]
+"""For what is special, and a law by itself."""
 
 
 def bare_model(family: str, **options: Any) -> PreTrainedModel:
