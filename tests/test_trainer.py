@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from laws import FIRST_FIVE
 from router_tuning.attach import attach
 from router_tuning.config import RoutingConfig
 from router_tuning.errors import BudgetError, ConfigError, TrainingError, UnsupportedCallError
@@ -135,9 +136,12 @@ def batch_of(data: Rows) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("objective", ["distill", "lm"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_routers_move_and_the_base_does_not(family: str, objective: str, tmp_path: Path) -> None:
-    model = routed(family)
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+@pytest.mark.parametrize("family", FIRST_FIVE)
+def test_routers_move_and_the_base_does_not(
+    family: str, granularity: str, objective: str, tmp_path: Path
+) -> None:
+    model = routed(family, granularity=granularity, decide_after=4)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     names = set(trainable(model))
     assert names
