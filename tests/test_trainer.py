@@ -268,6 +268,24 @@ def test_held_out_lm_loss_is_the_models_own(tmp_path: Path) -> None:
         )
 
 
+def test_distilling_may_add_the_cross_entropy_to_the_text(tmp_path: Path) -> None:
+    model, batch = awake(routed()), batch_of(rows(4, labels=True))
+
+    def loss(lm_weight: float) -> float:
+        trainer = trainer_of(model, tmp_path, lm_weight=lm_weight, save_strategy="no")
+        trainer.state.max_steps, trainer.state.global_step = 8, 6
+        found: Tensor = trainer.compute_loss(model, dict(batch))
+        return found.item()
+
+    with torch.no_grad():
+        logits = model(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    targets = batch["labels"][:, 1:].flatten()
+    entropy = float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    # A mean over all positions that are compared, also those that have no label.
+    assert entropy > 1
+    assert loss(0.5) - loss(0.0) == pytest.approx(0.5 * entropy / batch["labels"].numel(), rel=1e-4)
+
+
 def test_padding_takes_no_part(tmp_path: Path) -> None:
     trainer = trainer_of(awake(routed()), tmp_path, objective="distill")
     ids = token_ids(2, 10)
@@ -766,7 +784,8 @@ def test_lm_without_labels_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("field", "value"), [
     ("objective", "kl"), ("budget_weight", -1.0), ("budget_momentum", 1.0),
     ("anneal_fraction", 1.5), ("distill_positions", 0.0), ("bias_learning_rate", 0.0),
-    ("cooldown_fraction", -0.1),
+    ("cooldown_fraction", -0.1), ("warm_start", -1), ("threshold_range", -0.5),
+    ("threshold_range", float("inf")), ("lm_weight", -0.1), ("lm_weight", float("nan")),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(field: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=field):
