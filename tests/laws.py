@@ -337,6 +337,32 @@ def held_columns(case: Case, keep: Tensor, real: Tensor, sliding: int | None) ->
     return rows
 
 
+def pairs_by_hand(case: Case, keep: Tensor, real: Tensor, sliding: int | None) -> int:
+    """Pairs of an asking query and a key it sees, one by one."""
+    total = 0
+    for keep_C, real_C in zip(keep.tolist(), real.tolist(), strict=True):
+        position = [sum(real_C[: c + 1]) - 1 for c in range(len(real_C))]
+        for query in range(len(keep_C)):
+            if not keep_C[query]:
+                continue
+            for key in range(query + 1):
+                near = query - key < max(case.window, 1)
+                sink = position[key] < case.sink
+                seen = case.kv == "all" or keep_C[key] or sink or near
+                if real_C[key] and seen and (sliding is None or key > query - sliding):
+                    total += 1
+    return total
+
+
+def bytes_in(layer: Any) -> int:
+    """Bytes of the keys and values that a cache layer holds for the policy."""
+    store = getattr(layer, "store", None)
+    if store is None:
+        return layer.keys.nbytes + layer.values.nbytes
+    key, value, _ = store.view()
+    return store.held() * sum(x[:1, :, :1].nbytes for x in (key, value))
+
+
 def with_family(family: str) -> Case:
     """Kept keys with sink and window, token by token: the case that exercises most."""
     return replace(Case(sink=5, window=3), family=family)
