@@ -78,6 +78,8 @@ POLICIES = ({"kv": "all"}, {"kv": "kept"}, {"kv": "kept", "sink": 5, "window": 3
 SEVERAL = ("attn_token+mlp_token", "attn_sequence+mlp_token", "attn_token+mlp_sequence")
 REPRESENTATIVES = ("llama", "gemma3", "gpt_neox", "olmo2", "deepseek_v3", "mixtral", "falcon")
 """One family of each build: known parts, sandwich, parallel, post-norm, latent, experts, tuples."""
+FIRST_FIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+"""The families that most people run: they are in every law."""
 
 
 def _cases(family: str) -> Iterator[Case]:
@@ -94,6 +96,8 @@ CASES = [case for family in FAMILIES for case in _cases(family)]
 """The whole matrix, for the central laws."""
 SOME_CASES = [case for case in CASES if case.family in REPRESENTATIVES]
 """For what is special or slow."""
+MORE_CASES = [case for case in CASES if case.family in {*REPRESENTATIVES, *FIRST_FIVE}]
+"""For what is special, and a law by itself."""
 
 
 def bare_model(family: str, **options: Any) -> PreTrainedModel:
@@ -331,6 +335,32 @@ def held_columns(case: Case, keep: Tensor, real: Tensor, sliding: int | None) ->
                 columns.add(column)
         rows.append(columns)
     return rows
+
+
+def pairs_by_hand(case: Case, keep: Tensor, real: Tensor, sliding: int | None) -> int:
+    """Pairs of an asking query and a key it sees, one by one."""
+    total = 0
+    for keep_C, real_C in zip(keep.tolist(), real.tolist(), strict=True):
+        position = [sum(real_C[: c + 1]) - 1 for c in range(len(real_C))]
+        for query in range(len(keep_C)):
+            if not keep_C[query]:
+                continue
+            for key in range(query + 1):
+                near = query - key < max(case.window, 1)
+                sink = position[key] < case.sink
+                seen = case.kv == "all" or keep_C[key] or sink or near
+                if real_C[key] and seen and (sliding is None or key > query - sliding):
+                    total += 1
+    return total
+
+
+def bytes_in(layer: Any) -> int:
+    """Bytes of the keys and values that a cache layer holds for the policy."""
+    store = getattr(layer, "store", None)
+    if store is None:
+        return layer.keys.nbytes + layer.values.nbytes
+    key, value, _ = store.view()
+    return store.held() * sum(x[:1, :, :1].nbytes for x in (key, value))
 
 
 def with_family(family: str) -> Case:

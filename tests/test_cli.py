@@ -4,29 +4,34 @@ traceback.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 from typer.testing import CliRunner
 
 import router_tuning
 from router_tuning.cli import app, tuning
 from router_tuning.cli.adapters import RECORD, WORK
-from router_tuning.config import RoutingConfig
+from router_tuning.config import CALIBRATION_WINDOWS, GRANULARITIES, RoutingConfig
 from router_tuning.errors import TrainingError
 from router_tuning.peft_config import RouterTuningConfig
-from tiny import SENTENCES, tiny_model, tiny_tokenizer
+from tiny import SENTENCES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 BUDGETS = (0.9, 0.8, 0.7)
 FEW = ["--steps", "4", "--batch-size", "2", "--length", "32", "--held-out", "4", "--seed", "1"]
+VERBS = ("tune", "calibrate", "eval", "generate", "bench", "demo", "env")
 MEASURES = {"budget", "kept_fraction", "kept_of_routed", "loss", "answer_loss", "flops_fraction"}
 
 
@@ -116,10 +121,10 @@ def test_version() -> None:
 
 def test_help_names_the_verbs() -> None:
     said = run("--help").out
-    assert all(verb in said for verb in ("tune", "calibrate", "eval", "generate", "demo", "env"))
+    assert all(verb in said for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["tune", "calibrate", "eval", "generate", "demo", "env"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_the_common_options(verb: str) -> None:
     said = run(verb, "--help").out
     assert all(option in said for option in ("--json", "--config", "--debug"))
@@ -151,6 +156,36 @@ def test_module_runs() -> None:
     assert door.main is main
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_warnings_are_notes_and_libraries_do_not_talk_to_each_other(
+    debug: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from router_tuning import cli
+
+    def warns() -> None:
+        warnings.warn("too little text", stacklevel=1)
+        warnings.warn("old name", FutureWarning, stacklevel=1)
+        warnings.warn("older name", DeprecationWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", warns)
+    monkeypatch.setattr(sys, "argv", ["router-tuning", *(["--debug"] if debug else [])])
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        # pytest's own way of showing them keeps them to itself
+        monkeypatch.setattr(warnings, "showwarning", _show_plainly)
+        cli.main()
+    said = capsys.readouterr().err
+    if debug:
+        assert "FutureWarning: old name" in said
+        assert "note:" not in said
+    else:
+        assert said == "note: too little text\n"
+
+
+def _show_plainly(message: Warning | str, category: type[Warning], *args: object) -> None:
+    print(f"{category.__name__}: {message}", file=sys.stderr)
+
+
 def test_wrong_usage_is_2() -> None:
     assert "No such command" in refused(2, "tuna")
     assert "--model" in refused(2, "tune", "--out", "x")
@@ -170,11 +205,12 @@ def test_tune_leaves_an_adapter_and_its_record(home: Path, adapter: Path) -> Non
         WORK,
     }
     config = config_of(adapter)
-    assert [e["budget"] for e in config["calibration"]] == sorted(BUDGETS)
-    assert config["default_budget"] == 0.75  # the one that was trained for
+    # With the one that was trained for, which is then that of calls that name none.
+    assert [e["budget"] for e in config["calibration"]] == [0.7, 0.75, 0.8, 0.9]
+    assert config["default_budget"] == 0.75
     record = read(adapter / RECORD)
     assert record == read(home / "tuned.json")
-    assert [row["budget"] for row in record["budgets"]] == list(BUDGETS)
+    assert [row["budget"] for row in record["budgets"]] == [0.9, 0.8, 0.75, 0.7]
     for row in record["budgets"]:
         assert row["kept_fraction"] == pytest.approx(row["budget"], abs=0.05)
         assert row["loss"] > 0
@@ -229,9 +265,33 @@ def test_options_reach_the_adapter(home: Path, tmp_path: Path) -> None:
 def test_budgets_that_cannot_be_met_are_skipped(home: Path, tmp_path: Path) -> None:
     options = [*data_options(home, tmp_path), "--layers", "0,1", "--budgets", "0.9,0.6,0.5,0.4"]
     said = run("tune", *options)
-    assert [e["budget"] for e in config_of(tmp_path)["calibration"]] == [0.6, 0.9]
+    assert [e["budget"] for e in config_of(tmp_path)["calibration"]] == [0.6, 0.75, 0.9]
     assert read(tmp_path / RECORD)["not_calibrated"] == [0.5, 0.4]
     assert "0.500 of the executions run in any case; not calibrated: 0.5, 0.4" in said.said
+
+
+def test_the_budget_that_was_trained_for_is_calibrated(home: Path, tmp_path: Path) -> None:
+    options = [*data_options(home, tmp_path), "--budget", "0.4", "--budgets", "0.9,1"]
+    run("tune", *options)
+    assert [e["budget"] for e in config_of(tmp_path)["calibration"]] == [0.4, 0.9]
+    assert config_of(tmp_path)["default_budget"] == 0.4
+    run("generate", "--adapter", tmp_path, "--budget", "0.4", "--prompt", "Hello")
+
+
+def test_a_default_budget_that_cannot_be_met_is_told_of(home: Path, tmp_path: Path) -> None:
+    options = [*data_options(home, tmp_path), "--layers", "0,1", "--budget", "0.4"]
+    said = run("tune", *options, "--budgets", "0.9").said
+    assert "not calibrated: 0.4" in said
+    assert "budget 0.4 is not calibrated, so the adapter has no default budget" in said
+    assert config_of(tmp_path)["default_budget"] is None
+
+
+def test_every_kind_of_unit_is_in_the_help_and_can_be_tuned(home: Path, tmp_path: Path) -> None:
+    said = " ".join(run("tune", "--help").out.replace("│", " ").split())
+    assert all(name in said for name in GRANULARITIES)
+    options = [*data_options(home, tmp_path), "--granularity", "block_token"]
+    run("tune", *options, "--budgets", "0.9")
+    assert config_of(tmp_path)["granularity"] == "block_token"
 
 
 def test_sequence_prefixes_run_in_any_case(home: Path, tmp_path: Path) -> None:
@@ -278,17 +338,66 @@ def test_malformed_data_names_its_line(home: Path, tmp_path: Path) -> None:
     options = ["--model", home / "model", "--data", bad, "--out", tmp_path / "out"]
     assert "bad.jsonl, line 2" in refused(2, "tune", *options)
     bad.write_text("")
-    assert "is empty" in refused(2, "tune", *options, "--overwrite")
+    assert "is empty" in refused(2, "tune", *options)
+
+
+def test_a_command_that_was_mistyped_may_be_corrected(
+    home: Path, tmp_path: Path, stop_at: Callable[[int | None], None]
+) -> None:
+    out = tmp_path / "out"
+    start = ["tune", "--out", out, *FEW, "--budgets", "0.9"]
+    chat = ["--data", home / "chat.jsonl"]
+    assert "no such file" in refused(2, *start, "--model", home / "model", "--data", "chta.jsonl")
+    assert "nothing" in refused(1, *start, "--model", tmp_path / "nothing", *chat)
+    stop_at(2)
+    refused(130, *start, "--model", home / "model", *chat)  # now there is something to lose
+    assert "an interrupted tuning" in refused(2, *start, "--model", home / "model", *chat)
+
+
+def test_a_finished_record_alone_is_not_overwritten(
+    home: Path, adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / RECORD).write_text((adapter / RECORD).read_text())
+    assert "a finished tuning" in refused(2, "tune", *data_options(home, tmp_path))
+
+
+def test_a_model_of_unknown_family_is_named(home: Path, tmp_path: Path) -> None:
+    shape = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2}
+    MambaForCausalLM(MambaConfig(**shape)).save_pretrained(tmp_path / "mamba")
+    tiny_tokenizer().save_pretrained(tmp_path / "mamba")
+    start = ["tune", "--data", home / "chat.jsonl", *FEW, "--model"]
+    said = refused(1, *start, tmp_path / "mamba", "--out", tmp_path / "out")
+    assert "no unit table for model_type 'mamba'" in said
+    assert "Add a row to FAMILIES" in said
+    (tmp_path / "nonesuch").mkdir()
+    (tmp_path / "nonesuch" / "config.json").write_text('{"model_type": "nonesuch"}')
+    said = refused(1, *start, tmp_path / "nonesuch", "--out", tmp_path / "out")
+    assert "nonesuch" in said
+    assert "Give a folder with config.json" in said
 
 
 # --- the output folder ---
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_folder_is_found_before_training(home: Path, tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    assert "cannot write" in refused(2, "tune", *data_options(home, tmp_path / "out"))
-    tmp_path.chmod(0o700)
+@pytest.mark.parametrize("verb", ["tune", "calibrate", "demo"])
+def test_read_only_folder_is_found_before_the_work(
+    home: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Root may write anywhere, so the file system's answer is made up."""
+
+    def denied(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("router_tuning.cli.options.tempfile.TemporaryFile", denied)
+    monkeypatch.setattr("router_tuning.cli.adapters.load_base", lambda *a: pytest.fail("loaded"))
+    options: dict[str, list[object]] = {
+        "tune": ["tune", *data_options(home, tmp_path / "out")],
+        "calibrate": ["calibrate", "--adapter", own],
+        "demo": demo_options(home, tmp_path / "out"),
+    }
+    said = refused(2, *options[verb])
+    assert "cannot write to the folder" in said
+    assert "Permission denied; free space there, make it writable, or give another" in said
 
 
 def test_folder_that_cannot_be_made_is_found_before_training(
@@ -309,6 +418,60 @@ def test_full_disk_is_found_before_training(
     monkeypatch.setattr("router_tuning.cli.options.tempfile.TemporaryFile", full)
     said = refused(2, "tune", *data_options(home, tmp_path / "out"))
     assert "No space left on device" in said
+
+
+@pytest.fixture
+def full_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Let the disk be full for files of a name; None makes room again."""
+    replace = os.replace
+
+    def arm(name: str | None) -> None:
+        def full(source: Any, target: Any) -> None:
+            if Path(target).name == name:
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", full)
+
+    return arm
+
+
+def test_disk_that_fills_at_the_end_of_tune(
+    home: Path, tmp_path: Path, adapter: Path, full_for: Callable[[str | None], None]
+) -> None:
+    options = [*data_options(home, tmp_path), "--budgets", "0.9,0.8,0.7"]
+    full_for("adapter_model.safetensors")
+    said = refused(1, "tune", *options)
+    assert "cannot write the adapter" in said
+    assert "No space left on device" in said
+    assert {p.name for p in tmp_path.iterdir()} == {RECORD, WORK}
+    full_for(None)
+    run("tune", *options, "--resume")  # nothing of the training is lost
+    ours, other = (p / "adapter_model.safetensors" for p in (tmp_path, adapter))
+    assert ours.read_bytes() == other.read_bytes()
+
+
+def test_disk_that_fills_with_sampled_answers(
+    home: Path, tmp_path: Path, full_for: Callable[[str | None], None]
+) -> None:
+    options = ["--prompts", "12", "--answer-tokens", "8", "--budgets", "0.9"]
+    start = ["tune", "--model", home / "model", "--out", tmp_path, *FEW, *options]
+    full_for("answers.jsonl")
+    said = refused(1, *start)
+    assert "answers.jsonl: No space left on device; make room there" in said
+    assert not list((tmp_path / WORK).iterdir())
+    full_for(None)
+    run(*start)
+
+
+def test_disk_that_fills_while_a_calibration_is_saved(
+    own: Path, full_for: Callable[[str | None], None]
+) -> None:
+    before = config_of(own)
+    full_for("adapter_config.json")
+    said = refused(1, "calibrate", "--adapter", own, "--budgets", "0.9")
+    assert "cannot write the calibration" in said
+    assert config_of(own) == before
 
 
 def test_folder_of_others_is_refused(home: Path, tmp_path: Path) -> None:
@@ -407,6 +570,29 @@ def test_resume_with_other_options_is_refused(
     assert "--kv was 'kept' and is 'all'" in said
 
 
+def test_a_config_file_that_overwrites_can_be_resumed(
+    home: Path,
+    tmp_path: Path,
+    adapter: Path,
+    stop_at: Callable[[int | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The command that is printed after Ctrl-C keeps its --config."""
+    file = tmp_path / "tune.yaml"
+    file.write_text("overwrite: true\nbudgets: [0.9, 0.8, 0.7]\n")
+    options = [*data_options(home, tmp_path / "out"), "--config", file]
+    stop_at(2)
+    assert f"--config {file} --resume" in refused(130, "tune", *options)
+    stop_at(None)
+    monkeypatch.setattr(tuning, "warm_start", lambda *a, **k: pytest.fail("begun anew"))
+    run("tune", *options, "--resume")
+    ours, other = (p / "adapter_model.safetensors" for p in (tmp_path / "out", adapter))
+    assert ours.read_bytes() == other.read_bytes()
+    file.write_text("overwrite: true\nresume: true\n")
+    assert "give one of them" in refused(2, "tune", *options)
+    assert "give one of them" in refused(2, "tune", *options, "--resume", "--overwrite")
+
+
 def test_resume_of_nothing_starts_at_the_beginning(home: Path, tmp_path: Path) -> None:
     said = run("tune", *data_options(home, tmp_path / "new"), "--budgets", "0.9", "--resume")
     assert "no tuning in" in said.said
@@ -450,17 +636,33 @@ def test_calibrate_rewrites_the_config(home: Path, own: Path, tmp_path: Path) ->
 def test_calibrate_takes_what_tune_held_back(home: Path, own: Path, tmp_path: Path) -> None:
     before = config_of(own)["calibration"]
     file = tmp_path / "c.json"
-    run("calibrate", "--adapter", own, "--budgets", "0.9,0.8,0.7", "--json", file)
+    run("calibrate", "--adapter", own, "--budgets", "0.9,0.8,0.75,0.7", "--json", file)
     assert config_of(own)["calibration"] == before  # the same text, the same thresholds
     document = read(file)
     assert document["run"]["data"] == {"calibrated": f"held back of {home / 'chat.jsonl'}"}
-    assert [row["budget"] for row in document["budgets"]] == list(BUDGETS)
+    assert [row["budget"] for row in document["budgets"]] == [0.9, 0.8, 0.75, 0.7]
+
+
+def test_every_calibration_takes_as_many_windows_by_default() -> None:
+    for verb, option in (("tune", "--held-out"), ("calibrate", "--limit")):
+        said = " ".join(run(verb, "--help").out.replace("│", " ").split())
+        assert f"[default: {CALIBRATION_WINDOWS}]" in said.partition(option)[2]
+    assert tuning.Settings(model="m").recipe().held_out == CALIBRATION_WINDOWS
+    chosen = inspect.signature(router_tuning.calibrate).parameters["max_windows"]
+    assert chosen.default == CALIBRATION_WINDOWS
 
 
 def test_calibrate_away_from_the_default_budget(own: Path) -> None:
     said = run("calibrate", "--adapter", own, "--budgets", "0.95,0.9")
-    assert "0.75 is calibrated no longer" in said.said
+    assert "budget 0.75 is not calibrated, so the adapter has no default" in said.said
     assert config_of(own)["default_budget"] is None
+
+
+def test_a_budget_of_1_needs_no_calibration(own: Path) -> None:
+    said = refused(2, "calibrate", "--adapter", own, "--budgets", "1.0")
+    assert "a budget of 1 keeps everything and needs no calibration" in said
+    run("calibrate", "--adapter", own, "--budgets", "1,0.9")
+    assert [e["budget"] for e in config_of(own)["calibration"]] == [0.9]
 
 
 def test_calibrate_an_adapter_of_unknown_origin(own: Path) -> None:
@@ -667,6 +869,21 @@ def test_eval_leaves_learned_static_out_when_told(
     assert document["run"]["data"]["selection"] == str(home / "chat.jsonl")
 
 
+def test_learned_static_at_budget_1_is_dense_and_needs_no_tuning(
+    home: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "train", lambda *a, **k: pytest.fail("trained"))
+    file = tmp_path / "e.json"
+    options = ["--length", "32", "--limit", "2", "--budgets", "1.0", "--json", file]
+    run("eval", "--adapter", adapter, "--data", home / "plain.txt", "--compare", *options)
+    document = read(file)
+    (row,) = document["learned_static"]
+    assert row.keys() == MEASURES
+    assert (row["budget"], row["kept_fraction"]) == (1.0, 1.0)
+    assert row["loss"] == document["dense"]["loss"] == document["static_greedy"][0]["loss"]
+    assert "not tuned" in document["run"]["data"]["learned_static"]
+
+
 def test_eval_on_text_of_training_says_so(home: Path, adapter: Path) -> None:
     options = ["--length", "32", "--limit", "2", "--budgets", "0.9"]
     said = run("eval", "--adapter", adapter, "--data", home / "chat.jsonl", *options).said
@@ -773,7 +990,7 @@ def test_config_file_gives_options_and_the_command_line_wins(home: Path, tmp_pat
     config = config_of(tmp_path / "out")
     assert (config["kv_sink"], config["kv_window"]) == (1, 3)
     assert config["layers"] == [0, 2]
-    assert [e["budget"] for e in config["calibration"]] == [0.8, 0.9]
+    assert [e["budget"] for e in config["calibration"]] == [0.75, 0.8, 0.9]
     assert read(tmp_path / "out" / RECORD)["settings"]["steps"] == 2
 
 
@@ -870,8 +1087,8 @@ def demo_options(home: Path, out: Path) -> list[object]:
 
 def test_demo_leaves_adapter_numbers_and_figure(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = [*demo_options(home, out), "--budgets", "0.75,0.5", "--json", tmp_path / "d.json"]
-    said = run(*options)
+    options = [*demo_options(home, out), "--budgets", "0.75", "--budget", "0.5"]
+    said = run(*options, "--json", tmp_path / "d.json")
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     ours = {"demo.json", "demo.png", "tune.json", "checkpoints"}
     assert {p.name for p in out.iterdir()} == names | ours
@@ -886,7 +1103,6 @@ def test_demo_leaves_adapter_numbers_and_figure(home: Path, tmp_path: Path) -> N
     assert dense["kept_fraction"] == 1.0
     assert routed["budget"] == 0.5
     assert str(out / "demo.png") in said.out
-    assert "router-tuning generate --adapter" in said.out
     config = RouterTuningConfig.from_pretrained(str(out))
     assert [e["budget"] for e in config.calibration] == [0.5, 0.75]
     assert (config.kv, config.kv_sink, config.kv_window) == ("kept", 4, 16)
@@ -901,6 +1117,37 @@ def test_demo_leaves_adapter_numbers_and_figure(home: Path, tmp_path: Path) -> N
     (out / "demo.json").unlink()  # now it looks like a tuning of somebody's
     assert "--overwrite" in refused(2, *demo_options(home, out))
     assert (out / "checkpoints").is_dir()
+
+
+def test_what_to_try_after_the_demo_works_as_printed(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "the demo's"
+    said = run(*demo_options(home, out), "--budgets", "0.8", "--budget", "0.6").out
+    lines = [shlex.split(line) for line in said.splitlines() if line.startswith("  router-tuning")]
+    generate, tune, evaluate = ([str(part) for part in line[1:]] for line in lines)
+    assert "kept" in run(*generate, "--max-new-tokens", "2").out
+    more = ["--out", tmp_path / "more", "--data", home / "chat.jsonl", *FEW]
+    run(*tune, *more)
+    assert read(tmp_path / "more" / RECORD)["settings"]["model"] == str(home / "model")
+    evaluate[evaluate.index("YOUR.jsonl")] = str(home / "plain.txt")
+    run(*evaluate, "--length", "32", "--limit", "2", "--static-steps", "0")
+
+
+def test_the_program_is_called_as_it_can_be_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from router_tuning.cli.records import program
+
+    script = tmp_path / "a folder" / "router-tuning"
+    script.parent.mkdir()
+    script.write_text("")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == f"'{script}'"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert program() == "router-tuning"
+    monkeypatch.setattr(sys, "argv", ["/lib/router_tuning/__main__.py"])
+    assert program() == f"{shlex.quote(sys.executable)} -m router_tuning"
 
 
 def test_demo_needs_enough_text(home: Path, tmp_path: Path) -> None:

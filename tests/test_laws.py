@@ -19,6 +19,7 @@ from laws import (
     CHUNKS,
     EFFECT,
     LOGIT_TOLERANCE,
+    MORE_CASES,
     SOME_CASES,
     Batch,
     Case,
@@ -44,6 +45,7 @@ from router_tuning.units import decoder_of, family_of
 from tiny import FAMILIES, checkpoint_activations
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+more_cases = pytest.mark.parametrize("case", MORE_CASES, ids=str)
 some_cases = pytest.mark.parametrize("case", SOME_CASES, ids=str)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 # Eager attention differs in masks only, so not in what decides.
@@ -361,7 +363,7 @@ def test_cached_equals_uncached(case: Case, phase: str) -> None:
 
 
 @pytest.mark.parametrize("chunks", [[1] * 12, [1, 11], [2, 3, 7]], ids=str)
-@some_cases
+@more_cases
 def test_a_one_token_prompt_and_a_prefix_that_spans_chunks(case: Case, chunks: list[int]) -> None:
     model, given = routed_model(case, router_seed=2), batch(rows=2, length=12, padded=False)
     whole, cached = run(model, given), run(model, given, chunks)
@@ -389,7 +391,7 @@ def test_pads_in_the_middle_of_a_conversation(family: str, policy: dict[str, Any
     assert_close(masked, whole, given.real)
 
 
-@some_cases
+@more_cases
 def test_a_crop_takes_tokens_back(case: Case) -> None:
     """As assisted decoding does: wrong tokens are run, cropped, and the right ones run in their
     place.
@@ -413,7 +415,7 @@ def test_a_crop_takes_tokens_back(case: Case) -> None:
     )
 
 
-@some_cases
+@more_cases
 def test_a_crop_into_the_prefix_takes_a_sequence_decision_back(case: Case) -> None:
     model, given = routed_model(case), batch(rows=2, length=12, padded=False)
     whole = run(model, given)
@@ -430,7 +432,7 @@ def test_a_crop_into_the_prefix_takes_a_sequence_decision_back(case: Case) -> No
     )
 
 
-@some_cases
+@more_cases
 def test_reordered_rows_carry_their_keys_and_decisions(case: Case) -> None:
     """As beam search does between two steps."""
     model, given = routed_model(case), batch()

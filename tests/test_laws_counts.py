@@ -26,7 +26,9 @@ from laws import (
     Counter,
     Run,
     batch,
+    bytes_in,
     held_columns,
+    pairs_by_hand,
     routed_model,
     run,
 )
@@ -199,23 +201,6 @@ def test_a_unit_that_skips_all_runs_nothing(family: str, kv: str, granularity: s
 # Law 10: what is reported is what ran
 
 
-def pairs_by_hand(case: Case, keep: torch.Tensor, real: torch.Tensor, sliding: int | None) -> int:
-    """Pairs of an asking query and a key it sees, one by one."""
-    total = 0
-    for keep_C, real_C in zip(keep.tolist(), real.tolist(), strict=True):
-        position = [sum(real_C[: c + 1]) - 1 for c in range(len(real_C))]
-        for query in range(len(keep_C)):
-            if not keep_C[query]:
-                continue
-            for key in range(query + 1):
-                near = query - key < max(case.window, 1)
-                sink = position[key] < case.sink
-                seen = case.kv == "all" or keep_C[key] or sink or near
-                if real_C[key] and seen and (sliding is None or key > query - sliding):
-                    total += 1
-    return total
-
-
 def expansions_by_hand(case: Case, trace: Trace, name: str, sliding: int | None) -> int:
     """How many latent keys are made long, one by one: in each forward, in each row that asks, those
     left of earlier forwards and the new ones.
@@ -302,15 +287,6 @@ def check_the_cost(case: Case, phase: str, seen: Observed) -> None:
     assert found.kv_bytes == held
     if phase != "uncached":
         assert found.kv_bytes == sum(map(bytes_in, result.cache.layers))
-
-
-def bytes_in(layer: Any) -> int:
-    """Bytes of the keys and values that a cache layer holds for the policy."""
-    store = getattr(layer, "store", None)
-    if store is None:
-        return layer.keys.nbytes + layer.values.nbytes
-    key, value, _ = store.view()
-    return store.held() * sum(x[:1, :, :1].nbytes for x in (key, value))
 
 
 def check_the_kept_fraction(seen: Observed) -> None:

@@ -15,6 +15,7 @@ from laws import (
     CHUNKS,
     EFFECT,
     LOGIT_TOLERANCE,
+    MORE_CASES,
     SOME_CASES,
     Batch,
     Case,
@@ -121,7 +122,7 @@ def test_a_row_of_nothing_but_padding_disturbs_no_other() -> None:
 # Law 7: no state on modules
 
 
-@pytest.mark.parametrize("case", [c for c in SOME_CASES if c.kv == "all" or c.window], ids=str)
+@pytest.mark.parametrize("case", [c for c in MORE_CASES if c.kv == "all" or c.window], ids=str)
 def test_interleaved_generations_do_not_know_each_other(case: Case) -> None:
     model = routed_model(case)
     calibrate_by_hand(model)

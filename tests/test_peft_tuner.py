@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from laws import FIRST_FIVE, Batch, assert_mixed, run
 from router_tuning import embedded, peft_config
 from router_tuning.adapter_folder import load_adapter, save_adapter
 from router_tuning.attach import attach, routing_of, set_budget
@@ -224,6 +225,25 @@ def test_saved_equals_loaded(base_folder: Path, tmp_path: Path, loader: str) -> 
     model = LOADERS[loader](base, folder)
     assert torch.equal(logits(model), routed)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+@pytest.mark.parametrize("family", FIRST_FIVE)
+def test_a_loaded_adapter_decodes_like_the_one_saved(
+    family: str, granularity: str, tmp_path: Path
+) -> None:
+    """A prompt and then token by token, by our loader and by plain PEFT."""
+    model = adapted(tiny_model(family), granularity=granularity, decide_after=4, kv_window=2)
+    model.save_pretrained(tmp_path)
+    given = Batch(IDS, torch.ones_like(IDS))
+    chunks = [8] + [1] * 8
+    expected = run(model, given, chunks)
+    assert_mixed(expected.trace)
+    for load in (PeftModel.from_pretrained, lambda base, folder: load_adapter(folder, base)):
+        loaded = run(load(tiny_model(family), str(tmp_path)), given, chunks)
+        assert torch.equal(loaded.logits, expected.logits)
+        for unit, keep in expected.trace.decisions().items():
+            assert torch.equal(loaded.trace.decisions()[unit], keep)
 
 
 @pytest.mark.parametrize(

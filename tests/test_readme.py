@@ -1,17 +1,24 @@
-"""The README's Python runs as it stands, with a tiny model in the place of the pretrained one."""
+"""The README's Python and command lines run as they stand, with a tiny model in the place of the
+pretrained one.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+from typer.testing import CliRunner
 
 from router_tuning import make_windows, record
+from router_tuning.cli import app
 from tiny import SENTENCES, tiny_model
 
 README = Path(__file__).parents[1] / "README.md"
@@ -22,25 +29,59 @@ IN_PLACE_OF = {  # what the README writes, and what a tiny run on a CPU needs
 }
 
 
-def readme_python() -> str:
-    """The README's code block, for the tiny model."""
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    for written, needed in IN_PLACE_OF.items():
+IN_PLACE_OF_COMMANDS = {
+    "--model smollm2-135m": "--model base --steps 4 --length 32 --held-out 4",
+    "--budgets 0.9,0.8 --compare": "--budgets 0.9,0.8 --compare --length 32 --limit 2",
+    "--budget 0.8 --prompt": "--budget 0.8 --max-new-tokens 2 --prompt",
+    "--prompt-tokens 512,2048 --batch-size 1,8": (
+        "--prompt-tokens 12 --batch-size 1 --new-tokens 1 --repeats 1 --variants routed"
+    ),
+}
+
+
+def readme_block(language: str, holding: str, in_place_of: dict[str, str]) -> str:
+    """The README's code block in a language that holds a text, for the tiny model."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    (code,) = (block for block in blocks if holding in block)
+    for written, needed in in_place_of.items():
         assert written in code
         code = code.replace(written, needed)
     return str(code)
 
 
-def test_readme_python_runs(
+@pytest.fixture
+def _here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
-) -> None:
+) -> Iterator[None]:
+    """A folder with the model and the data that the README speaks of."""
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("base")
     tokenizer.save_pretrained("base")
     rows = [{"prompt": f"Say it {i}", "response": SENTENCES[i % 5] * 3} for i in range(130)]
-    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("chats", "other", "unseen"):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    yield
+    logging.enable_progress_bar()  # the command line switches transformers' own off
+
+
+@pytest.mark.usefixtures("_here")
+def test_readme_commands_run() -> None:
+    """In their order: each has what those before it left."""
+    code = readme_block("bash", "router-tuning tune", IN_PLACE_OF_COMMANDS)
+    lines = [shlex.split(line, comments=True) for line in code.splitlines()]
+    commands = [line[1:] for line in lines if line[0] == "router-tuning"]
+    verbs = ["tune", "calibrate", "eval", "generate", "bench", "env"]
+    assert [command[0] for command in commands] == verbs
+    for command in commands:
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, (command, done.stderr)
+
+
+@pytest.mark.usefixtures("_here")
+def test_readme_python_runs() -> None:
     names: dict[str, object] = {}
-    exec(compile(readme_python(), str(README), "exec"), names)
+    code = readme_block("python", "import", IN_PLACE_OF)
+    exec(compile(code, str(README), "exec"), names)
     trace: Any = names["trace"]
     assert len(trace.forwards) == 4  # what it generated went through the routers
     # Its prompt is no chat, so how much of that is kept is chance; of chats it is the budget.

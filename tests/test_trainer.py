@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from laws import FIRST_FIVE
 from router_tuning.attach import attach
 from router_tuning.config import RoutingConfig
 from router_tuning.errors import BudgetError, ConfigError, TrainingError, UnsupportedCallError
@@ -135,9 +136,12 @@ def batch_of(data: Rows) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("objective", ["distill", "lm"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_routers_move_and_the_base_does_not(family: str, objective: str, tmp_path: Path) -> None:
-    model = routed(family)
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+@pytest.mark.parametrize("family", FIRST_FIVE)
+def test_routers_move_and_the_base_does_not(
+    family: str, granularity: str, objective: str, tmp_path: Path
+) -> None:
+    model = routed(family, granularity=granularity, decide_after=4)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     names = set(trainable(model))
     assert names
@@ -262,6 +266,24 @@ def test_held_out_lm_loss_is_the_models_own(tmp_path: Path) -> None:
         assert metrics["eval_loss"] == pytest.approx(
             model(**batch_of(held_out)).loss.item(), rel=1e-5
         )
+
+
+def test_distilling_may_add_the_cross_entropy_to_the_text(tmp_path: Path) -> None:
+    model, batch = awake(routed()), batch_of(rows(4, labels=True))
+
+    def loss(lm_weight: float) -> float:
+        trainer = trainer_of(model, tmp_path, lm_weight=lm_weight, save_strategy="no")
+        trainer.state.max_steps, trainer.state.global_step = 8, 6
+        found: Tensor = trainer.compute_loss(model, dict(batch))
+        return found.item()
+
+    with torch.no_grad():
+        logits = model(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    targets = batch["labels"][:, 1:].flatten()
+    entropy = float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    # A mean over all positions that are compared, also those that have no label.
+    assert entropy > 1
+    assert loss(0.5) - loss(0.0) == pytest.approx(0.5 * entropy / batch["labels"].numel(), rel=1e-4)
 
 
 def test_padding_takes_no_part(tmp_path: Path) -> None:
@@ -762,7 +784,8 @@ def test_lm_without_labels_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("field", "value"), [
     ("objective", "kl"), ("budget_weight", -1.0), ("budget_momentum", 1.0),
     ("anneal_fraction", 1.5), ("distill_positions", 0.0), ("bias_learning_rate", 0.0),
-    ("cooldown_fraction", -0.1),
+    ("cooldown_fraction", -0.1), ("warm_start", -1), ("threshold_range", -0.5),
+    ("threshold_range", float("inf")), ("lm_weight", -0.1), ("lm_weight", float("nan")),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(field: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=field):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from router_tuning.config import check_budget
+from router_tuning.config import CALIBRATION_WINDOWS, check_budget
 from router_tuning.data import Example, Windows, make_windows
 from router_tuning.errors import BudgetError, DataError
 from router_tuning.execution.context import record, routing_of
@@ -44,7 +44,7 @@ def calibrate(
     held_out: Iterable[Example],
     budgets: Sequence[float] = BUDGETS,
     *,
-    max_windows: int = 16,
+    max_windows: int = CALIBRATION_WINDOWS,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Calibrate budgets on held-out examples; see `calibrate_windows`.
@@ -133,9 +133,11 @@ def _wanted(budgets: Sequence[float]) -> list[float]:
             f"budgets to calibrate must be a list of numbers, got {budgets!r}; write [0.8] for one"
         )
     wanted = sorted({check_budget(b) for b in given}, reverse=True)
-    if not wanted or wanted[0] == 1.0:
+    if not wanted:
+        raise BudgetError("there are no budgets to calibrate; give some, such as (0.9, 0.8, 0.7)")
+    if wanted[0] == 1.0:
         raise BudgetError(
-            f"budgets to calibrate must lie between 0 and 1 (1 keeps all anyway), got {given}"
+            f"a budget of 1 keeps everything and needs no calibration; leave it out of {given}"
         )
     return wanted
 

@@ -26,6 +26,10 @@ GRANULARITIES = (
 ROUTERS = ("linear", "bottleneck", "bias")
 KV_POLICIES = ("all", "kept")
 POOLINGS = ("prefix", "prompt")
+CALIBRATION_WINDOWS = 64
+"""Held-out windows that thresholds are chosen on, at most, unless told otherwise. With sixteen,
+other text of the same kind came out up to 0.03 off its budget.
+"""
 ROUNDING = 1e-6
 """A budget that far outside the calibrated range is inside: it may come from float32."""
 

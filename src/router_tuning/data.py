@@ -40,9 +40,10 @@ WANTED = (
     'wanted {"messages": [{"role", "content"}, ...]}, {"prompt", "response"}, '
     '{"question", "answer"} or {"text"}'
 )
+HUB_FORMS = "org/name, org/name:config or org/name:config:split"
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 _PATH_SUFFIXES = {*FILE_SUFFIXES, ".gz", ".json", ".csv", ".tsv", ".parquet", ".md", ".zip", ".zst"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 
 _MARK = "q7Jx{}Wz"  # stands for the i-th message while a template's own text is found out
 _MARKS = re.compile(r"q7Jx(\d+)Wz")
@@ -64,7 +65,8 @@ def load_examples(source: str | Path, *, limit: int | None = None) -> list[Examp
 
     Args:
         source: a `.jsonl` file (each row in one of the four FORMS), a `.txt` file (one example, the
-            whole text), either also with `.gz`, or the id of a hub data set (its split "train").
+            whole text), either also with `.gz`, or the id of a hub data set: `org/name`,
+            `org/name:config`, or `org/name:config:split` (the split is "train" unless named).
         limit: at most so many examples. None reads all.
 
     Raises:
@@ -81,7 +83,7 @@ def load_examples(source: str | Path, *, limit: int | None = None) -> list[Examp
     elif isinstance(source, Path) or _looks_like_path(source):
         raise DataError(
             f"no such file: {source}; wanted a file ({', '.join(FILE_SUFFIXES)}) or a hub id "
-            f"(org/name)"
+            f"({HUB_FORMS})"
         )
     else:
         found = _hub_examples(source)
@@ -148,13 +150,17 @@ def _row(line: str, where: str) -> object:
 def _hub_examples(name: str) -> Iterator[Example]:
     import datasets  # slow to import, and most runs read local files
 
+    path, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
     try:
-        rows = datasets.load_dataset(name, split="train")
+        rows = datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:  # many kinds: offline, unknown name, no such split, needs a config
-        reason = str(error).strip().split("\n")[0]
+        lines = str(error).strip().split("\n")
+        reason = " ".join(lines[: 2 if "config" in lines[0].lower() else 1])  # which there are
         raise DataError(
             f"cannot load the data set {name!r} from the hub ({type(error).__name__}: {reason}). "
-            f"Check its name and the network, or give a local file ({', '.join(FILE_SUFFIXES)})"
+            f"Check its name ({HUB_FORMS}) and the network, or give a local file "
+            f"({', '.join(FILE_SUFFIXES)})"
         ) from error
     for number, row in enumerate(rows):
         yield _example(row, f"{name}, row {number}")

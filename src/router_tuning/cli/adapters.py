@@ -13,6 +13,7 @@ import transformers
 from router_tuning.adapter_folder import load_adapter
 from router_tuning.cli.console import bar, warn
 from router_tuning.cli.material import Recipe, held_back
+from router_tuning.config import CALIBRATION_WINDOWS
 from router_tuning.data import Windows
 from router_tuning.embedded import load_model, load_tokenizer, resolve
 from router_tuning.errors import AdapterError, ConfigError
@@ -23,7 +24,6 @@ RECORD = "tune.json"
 WORK = "checkpoints"
 """Where `tune` keeps what only a resumed tuning needs."""
 ANSWERS = "answers.jsonl"
-SELECTION_WINDOWS = 16
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -116,7 +116,7 @@ def recipe_of(folder: str) -> Recipe | None:
 def default_recipe(seed: int) -> Recipe:
     """The text where an adapter's own is not known: fresh answers to the shipped prompts."""
     warn(f"no {RECORD} beside the adapter, so fresh answers to shipped prompts are taken")
-    return Recipe(None, 256, 1, SELECTION_WINDOWS, prompts=300, answer_tokens=128, seed=seed)
+    return Recipe(None, 256, 1, CALIBRATION_WINDOWS, prompts=300, answer_tokens=128, seed=seed)
 
 
 def text_held_back(folder: str, loaded: Loaded, seed: int) -> tuple[Windows, str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from router_tuning.cli.console import show, stdout, warn
+from router_tuning.cli.console import show, stdout
 from router_tuning.cli.options import (
     Adapter,
     BaseModel,
@@ -20,10 +20,11 @@ from router_tuning.cli.options import (
     JsonFile,
     Length,
     Seed,
-    budgets_in,
+    budgets_to_calibrate,
     check_writable_folder,
 )
 from router_tuning.cli.records import run_record, write_json
+from router_tuning.config import CALIBRATION_WINDOWS
 from router_tuning.errors import AdapterError
 
 
@@ -41,7 +42,9 @@ def calibrate(
     budgets: Annotated[
         str, typer.Option("--budgets", help="Kept fractions to find thresholds for.")
     ] = "0.95,0.9,0.85,0.8,0.75,0.7,0.65,0.6,0.55,0.5",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Windows to use, at most.")] = 16,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Windows to use, at most.")
+    ] = CALIBRATION_WINDOWS,
     model: BaseModel = None,
     batch_size: BatchSize = 8,
     length: Length = 256,
@@ -58,7 +61,7 @@ def calibrate(
     note.
     """
     started = time.time()
-    wanted = budgets_in(budgets)
+    wanted = budgets_to_calibrate(budgets)
     _check_folder(adapter)
     from router_tuning.cli import tuning
     from router_tuning.cli.adapters import load_routed, text_held_back
@@ -73,12 +76,9 @@ def calibrate(
     else:
         windows = make_windows(loaded.tokenizer, examples, length=length, limit=limit)
         name = str(data)
-    routing = routing_of(loaded.model).config
-    default = routing.default_budget
+    default = routing_of(loaded.model).config.default_budget
     skipped = tuning.calibrate_what_can_be_met(loaded.model, windows, wanted, batch_size)
     tuning.choose_default(loaded.model, default)
-    if routing.default_budget != default:
-        warn(f"the default budget {default:g} is calibrated no longer, so the adapter has none now")
     rows = tuning.budget_rows(loaded.model, windows, batch_size)
     _save(loaded.model, adapter)
     result: dict[str, Any] = {

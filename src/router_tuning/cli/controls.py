@@ -17,7 +17,6 @@ from router_tuning.adapter_folder import load_adapter
 from router_tuning.cli import tuning
 from router_tuning.cli.adapters import (
     ANSWERS,
-    SELECTION_WINDOWS,
     WORK,
     Loaded,
     default_recipe,
@@ -27,7 +26,7 @@ from router_tuning.cli.adapters import (
 from router_tuning.cli.console import bar
 from router_tuning.cli.material import Material, prepare
 from router_tuning.cli.tuning import Settings
-from router_tuning.config import threshold_for
+from router_tuning.config import CALIBRATION_WINDOWS, threshold_for
 from router_tuning.data import Windows, load_examples, make_windows
 from router_tuning.errors import ConfigError
 from router_tuning.evaluation.perplexity import evaluate
@@ -76,9 +75,10 @@ def measure(
             )
         return result, {}
     static = None
+    tuned_here = controls.learned_static is None and controls.static_steps != 0
     if controls.learned_static is not None:
         _check_static(controls.learned_static, adapter, budgets)
-    elif controls.static_steps != 0 and min(budgets) < 1:
+    elif tuned_here and min(budgets) < 1:
         static = _plan(adapter, loaded, controls)
     selection, chosen_on = _selection(controls, adapter, loaded, windows.ids.shape[1], static)
     with bar(f"Evaluating {windows.num_tokens} tokens, with controls") as progress:
@@ -100,9 +100,18 @@ def measure(
     elif controls.learned_static is not None:
         names["learned_static"] = controls.learned_static
         routed = load_adapter(controls.learned_static, base).eval()
+    elif tuned_here:
+        names["learned_static"] = "not tuned: a budget of 1 keeps every unit"
+        return {**result, "learned_static": [_dense_row(result["dense"])]}, names
     else:
         return result, names
     return {**result, "learned_static": _rows(routed, windows, budgets, batch_size)}, names
+
+
+def _dense_row(dense: dict[str, Any]) -> dict[str, Any]:
+    """The row of a budget of 1."""
+    shares = dict.fromkeys(("budget", "kept_fraction", "kept_of_routed", "flops_fraction"), 1.0)
+    return {**shares, "loss": dense["loss"], "answer_loss": dense["answer_loss"]}
 
 
 def _rows(
@@ -121,7 +130,7 @@ def _selection(
 ) -> tuple[Windows, str]:
     if controls.selection_data is not None:
         examples = load_examples(controls.selection_data)
-        windows = make_windows(loaded.tokenizer, examples, length=length, limit=SELECTION_WINDOWS)
+        windows = make_windows(loaded.tokenizer, examples, length=length, limit=CALIBRATION_WINDOWS)
         return windows, controls.selection_data
     if static is not None:  # the same text, read or sampled already
         return static.material.held_out, f"held back of {static.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +17,10 @@ from router_tuning.cli.options import (
     Device,
     JsonFile,
     Seed,
-    budgets_in,
+    budgets_to_calibrate,
     check_writable_folder,
 )
-from router_tuning.cli.records import run_record, write_json
+from router_tuning.cli.records import program, run_record, write_json
 from router_tuning.errors import ConfigError
 
 RESULT = "demo.json"
@@ -77,7 +78,6 @@ def demo(
     on. Takes some minutes on two free CPU cores.
     """
     started = time.time()
-    wanted = budgets_in(budgets)
     from router_tuning.cli.adapters import RECORD
     from router_tuning.cli.tuning import Settings
 
@@ -98,6 +98,7 @@ def demo(
         seed=seed,
     )
     settings.routing()
+    wanted = budgets_to_calibrate(budgets, budget)
     _prepare_folder(out, overwrite)
     result = _run(settings, out, wanted, device, prompt, max_new_tokens)
     result["run"] = run_record(
@@ -107,7 +108,7 @@ def demo(
     write_json(out / RESULT, result)
     if json_file is not None:
         write_json(json_file, result)
-    _show_result(result, out)
+    _show_result(result, out, model)
 
 
 def _run(
@@ -195,7 +196,7 @@ def _tokens(result: dict[str, Any]) -> int:
     return int(result["dense"]["tokens"])
 
 
-def _show_result(result: dict[str, Any], out: Path) -> None:
+def _show_result(result: dict[str, Any], out: Path, model: str) -> None:
     from router_tuning.cli.generate import summary
     from router_tuning.report.tables import evaluation_table
 
@@ -209,7 +210,18 @@ def _show_result(result: dict[str, Any], out: Path) -> None:
     run = result["run"]
     memory = "" if run["peak_rss_mb"] is None else f", {run['peak_rss_mb'] / 1000:.1f} GB of memory"
     say(f"{run['seconds']:.0f} s{memory}")
-    show(f"\nAdapter  {out}\nFigure   {out / FIGURE}\nNumbers  {out / RESULT}\n\nNext:")
-    show(f'  router-tuning generate --adapter {out} --budget 0.85 --prompt "What is a router?"')
-    show(f"  router-tuning eval --adapter {out} --data YOUR.jsonl --budgets 0.9,0.8 --compare")
-    show("  router-tuning tune --model smollm2-135m --out my-adapter    (longer, and better)")
+    show(f"\nAdapter  {out}\nFigure   {out / FIGURE}\nNumbers  {out / RESULT}")
+    show("\nNext: ask it, tune for longer and better, measure it on text of your own.")
+    budgets = [row["budget"] for row in result["routed"]]
+    for line in next_commands(shlex.quote(str(out)), budgets, shlex.quote(model)):
+        show(f"  {line}")
+
+
+def next_commands(out: str, budgets: list[float], model: str) -> list[str]:
+    """Command lines to try after the demo; all but the data file of the last are as they stand."""
+    start, largest, listed = program(), f"{max(budgets):g}", ",".join(f"{b:g}" for b in budgets)
+    return [
+        f'{start} generate --adapter {out} --budget {largest} --prompt "What is a router?"',
+        f"{start} tune --model {model} --out my-adapter",
+        f"{start} eval --adapter {out} --data YOUR.jsonl --budgets {listed} --compare",
+    ]

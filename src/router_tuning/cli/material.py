@@ -7,7 +7,6 @@ again from the record that `tune` leaves beside an adapter. Imports torch.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from router_tuning.cli.console import bar
+from router_tuning.cli.records import write_text
 from router_tuning.data import (
     Example,
     Windows,
@@ -157,9 +157,7 @@ def _sampled(model: Any, tokenizer: Any, prompts: Sequence[str], recipe: Recipe)
 
 def _keep(examples: Sequence[Example], path: Path) -> None:
     lines = [json.dumps({"messages": asdict(e)["messages"]}) + "\n" for e in examples]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(lines))
 
 
 def _prompt(example: Example) -> str:

@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from router_tuning.config import check_budget
-from router_tuning.errors import ConfigError
+from router_tuning.errors import BudgetError, ConfigError
 
 NOT_IN_FILES = {"config", "help"}
 
@@ -32,6 +32,21 @@ def budgets_in(text: str) -> tuple[float, ...]:
     if not found:
         raise ConfigError("--budgets is empty; wanted numbers such as 0.9,0.8,0.7")
     return tuple(sorted({check_budget(b) for b in found}, reverse=True))
+
+
+def budgets_to_calibrate(text: str, *more: float) -> tuple[float, ...]:
+    """As `budgets_in`, with more of them added and without 1, which needs no threshold.
+
+    Raises:
+        BudgetError: also where nothing is left.
+    """
+    found = sorted({*budgets_in(text), *more} - {1.0}, reverse=True)
+    if not found:
+        raise BudgetError(
+            f"--budgets {text}: a budget of 1 keeps everything and needs no calibration; "
+            f"name budgets below 1, such as 0.9,0.8,0.7"
+        )
+    return tuple(found)
 
 
 def granularities_in(text: str) -> str | list[str]:
@@ -73,6 +88,12 @@ def check_writable_folder(folder: Path) -> None:
             f"cannot write to the folder {folder}: {error.strerror or error}; free space there, "
             f"make it writable, or give another one"
         ) from error
+
+
+def is_typed(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stood on the command line; else it is a default, or of a --config file."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 # --- Callbacks ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ import router_tuning
 from router_tuning.errors import RouterTuningError
 
 PACKAGES = ("torch", "transformers", "peft")
+PROGRAM = "router-tuning"
 
 
 def versions() -> dict[str, str]:
@@ -64,10 +66,22 @@ def run_record(
     }
 
 
-def command_line(ctx: typer.Context, *more: str) -> str:
+def command_line(ctx: typer.Context, *more: str, program: str = PROGRAM) -> str:
     """The command as it was typed, with options added that it does not have."""
     arguments: list[str] = list(ctx.meta.get("arguments", []))
-    return shlex.join(["router-tuning", *arguments, *(a for a in more if a not in arguments)])
+    options = shlex.join([*arguments, *(a for a in more if a not in arguments)])
+    return f"{program} {options}"
+
+
+def program() -> str:
+    """How a shell calls this program: its name where that is found, else the path it has here."""
+    called = Path(sys.argv[0])
+    if called.parts[-2:] == ("router_tuning", "__main__.py"):
+        return f"{shlex.quote(sys.executable)} -m router_tuning"
+    found = shutil.which(PROGRAM)
+    if called.name != PROGRAM or (found and Path(found).resolve() == called.resolve()):
+        return PROGRAM
+    return shlex.quote(sys.argv[0])
 
 
 def device_name(device: Any) -> str:
@@ -90,12 +104,16 @@ def peak_rss_mb() -> int | None:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a document as `write_text` does; what JSON cannot hold becomes text or null."""
+    write_text(path, json.dumps(_plain(document), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write under a temporary name, then rename.
 
     Raises:
-        RouterTuningError: the file cannot be written.
+        RouterTuningError: the file cannot be written; nothing of it is left.
     """
-    text = json.dumps(_plain(document), indent=2, allow_nan=False) + "\n"
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -108,8 +126,8 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
             raise
     except OSError as error:
         raise RouterTuningError(
-            f"cannot write {path}: {error.strerror or error}; free space there, or give another "
-            f"file"
+            f"cannot write {path}: {error.strerror or error}; make room there, or "
+            f"choose another place"
         ) from error
 
 

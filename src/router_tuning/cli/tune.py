@@ -19,10 +19,12 @@ from router_tuning.cli.options import (
     JsonFile,
     Length,
     Seed,
-    budgets_in,
+    budgets_to_calibrate,
     check_writable_folder,
+    is_typed,
 )
-from router_tuning.cli.records import command_line, run_record, write_json
+from router_tuning.cli.records import command_line, program, run_record, write_json
+from router_tuning.config import CALIBRATION_WINDOWS
 from router_tuning.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -49,8 +51,8 @@ def tune(
             "--data",
             rich_help_panel=TEXT,
             metavar="D",
-            help="A .jsonl or .txt file or a hub id. Without it: shipped prompts, answered by "
-            "the model.",
+            help="A .jsonl or .txt file or a hub id (org/name, org/name:config). Without it: "
+            "shipped prompts, answered by the model.",
         ),
     ] = None,
     granularity: Annotated[
@@ -59,8 +61,8 @@ def tune(
             "--granularity",
             rich_help_panel=ROUTERS,
             metavar="G",
-            help="attn_token, attn_sequence, mlp_token or mlp_sequence; one of each kind, with a "
-            "comma between them.",
+            help="attn_token, attn_sequence, mlp_token or mlp_sequence, or one for attention and "
+            "one for MLPs with a comma between them; or block_token or block_sequence alone.",
         ),
     ] = "attn_token",
     kv: Annotated[
@@ -137,7 +139,7 @@ def tune(
             "--decide-after",
             rich_help_panel=ROUTERS,
             min=1,
-            help="attn_sequence, mlp_sequence: tokens that decide.",
+            help="attn_sequence, mlp_sequence, block_sequence: tokens that decide.",
         ),
     ] = 32,
     router: Annotated[
@@ -237,7 +239,7 @@ def tune(
             min=1,
             help="Windows held back for calibration, at most.",
         ),
-    ] = 32,
+    ] = CALIBRATION_WINDOWS,
     budgets: Annotated[
         str, typer.Option("--budgets", help="Budgets to calibrate at the end.")
     ] = BUDGETS,
@@ -260,11 +262,13 @@ def tune(
     shown are of it. Ctrl-C leaves a checkpoint; --resume continues it.
     """
     started = time.time()
-    wanted = budgets_in(budgets)
     from router_tuning.cli.tuning import Settings
 
     settings = Settings.of(ctx.params)
     settings.routing()
+    wanted = budgets_to_calibrate(budgets, settings.budget)
+    if resume and is_typed(ctx, "resume") and not is_typed(ctx, "overwrite"):
+        overwrite = False  # of a --config file, which the tuning to be resumed began with
     _prepare_folder(out, settings, resume, overwrite)
     try:
         result = _run(ctx, settings, out, wanted, device, save_every, started)
@@ -338,6 +342,8 @@ def _prepare_folder(out: Path, settings: Settings, resume: bool, overwrite: bool
         raise ConfigError(f"--out {out} is a file; wanted a folder")
     here = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     earlier = _earlier(out / RECORD)
+    if earlier is not None and _is_empty(out, here, earlier):
+        here, earlier = [], None
     if here and not overwrite:
         _refuse(out, here, earlier, settings, resume)
     elif resume:
@@ -349,6 +355,14 @@ def _prepare_folder(out: Path, settings: Settings, resume: bool, overwrite: bool
     if earlier is None or overwrite:
         record = {"format": 1, "finished": False, "settings": asdict(settings)}
         write_json(out / RECORD, {**record, "recipe": asdict(settings.recipe())})
+
+
+def _is_empty(out: Path, here: list[str], earlier: dict[str, Any]) -> bool:
+    """Whether a tuning ended before it had anything to keep, as after a mistyped --data."""
+    from router_tuning.cli.adapters import RECORD, WORK
+
+    begun = earlier.get("finished") or any((out / WORK).glob("*"))
+    return not begun and set(here) <= {RECORD, WORK}
 
 
 def _refuse(
@@ -402,7 +416,7 @@ def _after_stop(ctx: typer.Context, out: Path) -> str:
         saved = "no checkpoint was written yet, so the training starts at its beginning"
     else:
         saved = f"step {checkpoint.name.rpartition('-')[2]} is saved"
-    arguments = command_line(ctx, "--resume").replace(" --overwrite", "")
+    arguments = command_line(ctx, "--resume", program=program()).replace(" --overwrite", "")
     return f"{saved}; continue with --resume:\n  {arguments}"
 
 

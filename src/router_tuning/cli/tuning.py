@@ -18,7 +18,7 @@ from router_tuning.cli.adapters import WORK
 from router_tuning.cli.console import Bar, bar, warn
 from router_tuning.cli.material import Material, Recipe
 from router_tuning.cli.options import granularities_in, layers_in
-from router_tuning.config import RoutingConfig, threshold_for
+from router_tuning.config import CALIBRATION_WINDOWS, RoutingConfig, threshold_for
 from router_tuning.data import WindowDataset, Windows
 from router_tuning.errors import BudgetError, ConfigError
 from router_tuning.evaluation.perplexity import window_loss
@@ -64,7 +64,7 @@ class Settings:
     lm_weight: float | None = None
     prompts: int = 300
     answer_tokens: int = 128
-    held_out: int = 32
+    held_out: int = CALIBRATION_WINDOWS
     dtype: str = "auto"
     seed: int = 0
 
@@ -244,8 +244,17 @@ def always_run(model: Any, windows: Windows) -> float:
 
 
 def choose_default(model: Any, budget: float | None) -> None:
-    """Make a budget that of calls which name none; no default where it is not calibrated."""
-    set_budget(model, budget if is_calibrated(model, budget) else None)
+    """Make a budget that of calls which name none; no default, and a note, where it is not
+    calibrated.
+    """
+    if budget is None or is_calibrated(model, budget):
+        set_budget(model, budget)
+        return
+    set_budget(model, None)
+    warn(
+        f"budget {budget:g} is not calibrated, so the adapter has no default budget: calls that "
+        f"name none run at the routers' own threshold"
+    )
 
 
 def is_calibrated(model: Any, budget: float | None) -> bool:
