@@ -1,0 +1,63 @@
+"""Write the tables of README.md and docs/results.md from the JSON files in benchmarks/results.
+
+They stand between two markers in each. No number there is typed: run
+`python benchmarks/fill_tables.py` after a result has changed, and `--check` to see whether they
+agree.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import quality_tables
+import speed_tables
+from places import RESULTS, ROOT
+
+MODELS = ("smollm2-135m", "gemma3-270m")
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def main() -> int:
+    filled = {
+        ROOT / "README.md": _filled("README.md", readme),
+        ROOT / "docs/results.md": _filled("docs/results.md", results),
+    }
+    stale = [path for path, text in filled.items() if path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.name} does not agree with benchmarks/results: run {sys.argv[0]}")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(filled[path])
+    return 0
+
+
+def readme() -> list[str]:
+    """What a reader should see first: the demo, the newest recipes, speed, a training step."""
+    parts = [speed_tables.demo(RESULTS / "demo-smollm2-135m.json", "")]
+    for model in MODELS:
+        parts.append(quality_tables.newest(RESULTS / f"quality-{model}.json", ""))
+    parts += [speed_tables.speed(m, "") for m in MODELS if any(RESULTS.glob(f"bench-{m}-*.json"))]
+    steps = [RESULTS / f"training-step-{model}.json" for model in MODELS]
+    parts += [speed_tables.training_step(path, "") for path in steps if path.exists()]
+    return parts
+
+
+def results() -> list[str]:
+    """All units, and every recipe that was run."""
+    parts = [quality_tables.granularities(model, "../") for model in MODELS]
+    for model in MODELS:
+        paths = (RESULTS / f"quality-{model}.json", RESULTS / f"quality-lm-{model}.json")
+        parts += [quality_tables.everything(path, "../") for path in paths if path.exists()]
+    return parts
+
+
+def _filled(name: str, tables: Callable[[], list[str]]) -> str:
+    before, rest = (ROOT / name).read_text().split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n" + "\n\n".join(tables()) + f"\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

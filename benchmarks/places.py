@@ -1,0 +1,20 @@
+"""Where results lie, and how a document points to one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The result in a file."""
+    return dict(json.loads(path.read_text()))
+
+
+def link(path: Path, root: str, name: str | None = None) -> str:
+    """A Markdown link to a result; `root` leads from the document to the repository's root."""
+    return f"[{name or path.name}]({root}benchmarks/results/{path.name})"

@@ -1,0 +1,193 @@
+"""Tables of loss against kept fraction, from the files that `quality.py` writes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from places import RESULTS, link, read
+
+KEPT = (0.9, 0.85, 0.8, 0.75, 0.7)
+MEASURES = {"loss": "all tokens", "answer_loss": "answers"}
+NAMES = {
+    "all": '`attn_token`, `kv="all"`',
+    "kept_window": '`attn_token`, `kv="kept"`, sink 4, window 16',
+    "kept": '`attn_token`, `kv="kept"`',
+    "sequence": "`attn_sequence`",
+    "learned_static": "learned static",
+    "mlp_token": "`mlp_token`",
+    "mlp_sequence": "`mlp_sequence`",
+    "block_token": '`block_token`, `kv="kept"`, sink 4, window 16',
+    "block_sequence": "`block_sequence`",
+}
+UNITS = {"attention": "", "MLP": "-mlp", "block": "-block"}
+"""What is routed, and the end of its result file's name."""
+UNITS_KEPT = (0.9, 0.75)
+SHARES_AT = (0.9, 0.8)
+STATICS = ("cosine", "greedy")
+EARLIER_ROWS = 2
+"""The default of `warm_start` while it measured the harm of each unit's absence (decision 0005)."""
+
+Run = dict[str, Any]
+Curve = list[tuple[float, float]]
+"""Points (kept fraction, extra loss) in order, the dense model's included."""
+
+
+def newest(path: Path, root: str) -> str:
+    """A table for each text: the newest recipe of each setting, beside its controls."""
+    document = read(path)
+    newest_of = {runs[0]["setting"]: runs for runs in _groups(document["runs"])}
+    groups = [newest_of[setting] for setting in NAMES if setting in newest_of]
+    return _tables(path, root, document, groups)
+
+
+def everything(path: Path, root: str) -> str:
+    """The same of every recipe that was run."""
+    document = read(path)
+    return _tables(path, root, document, _groups(document["runs"]))
+
+
+def granularities(model: str, root: str) -> str:
+    """Attentions, MLPs and blocks of a model beside the controls of their kind, one seed."""
+    paths = {kind: RESULTS / f"quality-{model}{end}.json" for kind, end in UNITS.items()}
+    found = {kind: read(path) for kind, path in paths.items() if path.exists()}
+    texts = list(next(iter(found.values()))["dense"])
+    columns = [f"{text}, {kept:.2f}" for text in texts for kept in UNITS_KEPT]
+    links = ", ".join(link(paths[kind], root) for kind in found)
+    lines = [
+        f"**{model}, all granularities** (one seed; {links}). Extra loss over all tokens in nats "
+        "a token, at the kept fraction of the kind of unit:",
+        "",
+        f"| unit | what decides | {' | '.join(columns)} | tuned on |",
+        "|---|---|" + "---|" * (len(columns) + 1),
+    ]
+    for kind, document in found.items():
+        for label, tuned_on, curves in _deciders(document, texts):
+            cells = [_cell([_at(curves[text], kept)]) for text in texts for kept in UNITS_KEPT]
+            lines.append(f"| {kind} | {label} | {' | '.join(cells)} | {tuned_on} |")
+    return "\n".join(lines)
+
+
+def _tables(path: Path, root: str, document: Run, groups: Sequence[list[Run]]) -> str:
+    return "\n\n".join(
+        _table(path, root, document, groups, text, measure)
+        for text, base in document["dense"].items()
+        for measure in MEASURES
+        if base[measure] is not None
+    )
+
+
+def _table(
+    path: Path, root: str, document: Run, groups: Sequence[list[Run]], text: str, measure: str
+) -> str:
+    run, base = document["run"], document["dense"][text]
+    statics = _statics(document, text, measure)
+    shares = " | ".join(f"of static's, {kept:.2f}" for kept in SHARES_AT)
+    lines = [
+        f"**{run['model']}, {text}, {MEASURES[measure]}** ({base['tokens']} tokens, dense loss "
+        f"{base[measure]:.3f}; {run['device']}, {run['dtype']}; {link(path, root)}). Extra loss in "
+        "nats a token; the share of the better static control's that it is; steps x windows:",
+        "",
+        f"| kept | {' | '.join(f'{k:.2f}' for k in KEPT)} | {shares} | tuned on | seeds |",
+        "|---|" + "---|" * (len(KEPT) + len(SHARES_AT) + 2),
+    ]
+    for runs in groups:
+        curves = [_curve(one["routed"][text], base, measure) for one in runs]
+        cells = [*_cells(curves), *(_share(curves, statics, kept) for kept in SHARES_AT)]
+        lines.append(
+            f"| {_name(runs[0])} | {' | '.join(cells)} | {_tuned_on(runs[0])} | {len(curves)} |"
+        )
+    for kind, curve in statics.items():
+        empty = " | -" * (len(SHARES_AT) + 2)
+        lines.append(f"| static, {kind} | {' | '.join(_cells([curve]))}{empty} |")
+    return "\n".join(lines)
+
+
+def _statics(document: Run, text: str, measure: str) -> dict[str, Curve]:
+    dropped = document.get("static", {}).get(text, {})
+    base = document["dense"][text]
+    return {kind: _curve(dropped[kind], base, measure) for kind in STATICS if kind in dropped}
+
+
+def _groups(runs: list[Run]) -> list[list[Run]]:
+    """Runs that differ by their seed alone, the group that was run last at the end."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        key = json.dumps([run["setting"], run["tuning"]], sort_keys=True)
+        found[key] = [*found.pop(key, []), run]
+    return list(found.values())
+
+
+def _deciders(document: Run, texts: list[str]) -> list[tuple[str, str, dict[str, Curve]]]:
+    """Label, tuning, and a curve for each text."""
+    dense = document["dense"]
+    found = []
+    for setting in (name for name in NAMES if name not in ("kept", "learned_static")):
+        runs = [r for r in document["runs"] if r["setting"] == setting]
+        if runs:
+            curves = {text: _curve(runs[-1]["routed"][text], dense[text]) for text in texts}
+            found.append((_name(runs[-1]), _tuned_on(runs[-1]), curves))
+    statics = {text: _statics(document, text, "loss") for text in texts}
+    for kind in statics[texts[0]]:
+        found.append((f"static, {kind}", "-", {text: statics[text][kind] for text in texts}))
+    if "random" in document:
+        # Chance keeps what it is told to, to a thousandth.
+        rows = {
+            text: [{**row, "kept_fraction": row["rate"]} for row in document["random"][text]]
+            for text in texts
+        }
+        found.append(("random", "-", {text: _curve(rows[text], dense[text]) for text in texts}))
+    return found
+
+
+def _name(run: Run) -> str:
+    """The setting, the learning rates of weights and biases, and what else is not as usual."""
+    tuning = run["tuning"]
+    start = "; old start" if tuning.get("warm_start") == EARLIER_ROWS else ""
+    rates = f"{tuning['learning_rate']:g} / {tuning['bias_learning_rate']:g}"
+    text = tuning.get("lm_weight", 0)
+    return f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "") + start
+
+
+def _tuned_on(run: Run) -> str:
+    """Steps and windows a step, and the budget."""
+    tuning = run["tuning"]
+    return f"{tuning['steps']} x {tuning['batch_size']}, to {tuning['budget']:g}"
+
+
+def _curve(rows: list[dict[str, Any]], base: dict[str, Any], measure: str = "loss") -> Curve:
+    return sorted([*((r["kept_fraction"], r[measure] - base[measure]) for r in rows), (1.0, 0.0)])
+
+
+def _cells(curves: list[Curve]) -> list[str]:
+    return [_cell([_at(curve, kept) for curve in curves]) for kept in KEPT]
+
+
+def _cell(values: list[float | None]) -> str:
+    """Mean and standard deviation; a dash where a sweep did not reach."""
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return "-"
+    spread = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):+.3f}{spread}"
+
+
+def _share(curves: list[Curve], statics: dict[str, Curve], kept: float) -> str:
+    """The mean's part of the better static control's extra loss; below nothing is nothing."""
+    routed = [v for curve in curves if (v := _at(curve, kept)) is not None]
+    dropped = [v for curve in statics.values() if (v := _at(curve, kept)) is not None]
+    if len(routed) < len(curves) or not dropped or min(dropped) <= 0:
+        return "-"
+    return f"{max(statistics.mean(routed), 0) / min(dropped):.0%}"
+
+
+def _at(curve: Curve, kept: float) -> float | None:
+    """The extra loss at exactly `kept`, between the two nearest points; None outside them."""
+    for (k0, v0), (k1, v1) in pairwise(curve):
+        if k0 <= kept <= k1:
+            return v0 if k0 == k1 else v0 + (v1 - v0) * (kept - k0) / (k1 - k0)
+    return None

@@ -1,0 +1,117 @@
+"""Tables of time and memory: the demo's, `bench`'s, and a training step's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from places import RESULTS, link, read
+
+CONTROLS = {
+    "routed": "routed",
+    "random": "random, same rate in each layer",
+    "static_cosine": "static, cosine",
+}
+
+
+def demo(path: Path, root: str) -> str:
+    """What `router-tuning demo` found, and what it took."""
+    found = read(path)
+    run, dense = found["run"], found["dense"]
+    budgets = [row["budget"] for row in found["routed"]]
+    lines = [
+        f"**The demo** ({run['seconds'] / 60:.1f} minutes, {run['peak_rss_mb'] / 1000:.1f} GB, "
+        f"{run['threads']} threads, {run['device']}; {dense['tokens']} tokens of held-out text, "
+        f"dense loss {dense['loss']:.3f}; {link(path, root)}). Extra loss in nats a token, in "
+        "brackets the kept fraction:",
+        "",
+        "| budget | " + " | ".join(f"{budget:.2f}" for budget in budgets) + " |",
+        "|---|" + "---|" * len(budgets),
+    ]
+    for key, name in CONTROLS.items():
+        cells = [
+            f"{row['loss'] - dense['loss']:+.3f} ({row['kept_fraction']:.3f})" for row in found[key]
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def speed(model: str, root: str) -> str:
+    """Times over dense, and the share of the possible saving, of each adapter that was timed."""
+    paths = sorted(RESULTS.glob(f"bench-{model}-*.json"))
+    run = read(paths[0])["run"]
+    lines = [
+        f"**Speed of {model}** ({run['device']}, {run['dtype']}, {run['threads']} threads; medians "
+        "of few repeats on a shared machine). Time over dense in the same run; in brackets the "
+        "share of the possible saving that was realised, with a star where the saving is too small "
+        "to tell:",
+        "",
+        "| adapter | rows x prompt + new | kept | prefill | decode | all kept | floor | masked | "
+        "end to end | cache |",
+        "|---|" + "---|" * 9,
+    ]
+    for path in paths:
+        document = read(path)
+        name = link(path, root, _adapter(document["adapter"]))
+        lines += [f"| {name} | {_cells(cell)} |" for cell in document["cells"]]
+    return "\n".join(lines)
+
+
+def training_step(path: Path, root: str) -> str:
+    """What a training step costs beside full fine-tuning."""
+    document = read(path)
+    run = document["run"]
+    lines = [
+        f"**A training step of {run['model']}** (batch {run['batch_size']} x {run['length']}, "
+        f"{run['device']}, {run['dtype']}, {run['threads']} threads; {link(path, root)}), over "
+        "full fine-tuning:",
+        "",
+        "| what trains | time | peak memory | tokens/s | trained numbers |",
+        "|---|---|---|---|---|",
+    ]
+    for variant, one in document["variants"].items():
+        over = document["over_full"][variant]
+        lines.append(
+            f"| {variant} | {over['time']:.2f} | {over['memory']:.2f} | "
+            f"{one['tokens_per_second']:.0f} | {one['trainable']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def _cells(cell: dict[str, Any]) -> str:
+    prefill, decode = cell["prefill"]["over_dense"], (cell["decode"] or {}).get("over_dense", {})
+    cache, whole = cell["kv_bytes_counted"], cell["end_to_end"]
+    pairs = [
+        f"{prefill[name]:.2f}, {decode[name]:.2f}" if name in decode else f"{prefill[name]:.2f}"
+        for name in ("all_kept", "floor")
+    ]
+    cells = [
+        f"{cell['batch_size']} x {cell['prompt_tokens']} + {cell['new_tokens']}",
+        f"{cell['kept_of_routed']:.2f}",
+        _saving(cell["prefill"]),
+        _saving(cell["decode"]),
+        *pairs,
+        f"{prefill['masked']:.2f}" if "masked" in prefill else "-",
+        f"{whole['routed'] / whole['dense']:.2f}" if whole else "-",
+        f"{cache['routed'] / cache['dense']:.2f}",
+    ]
+    return " | ".join(cells)
+
+
+def _adapter(adapter: dict[str, Any]) -> str:
+    granularity = adapter["granularity"]
+    names = granularity if isinstance(granularity, str) else ", ".join(granularity)
+    if names.startswith("mlp"):
+        return f"`{names}`"
+    window = f", sink {adapter['kv_sink']}, window {adapter['kv_window']}"
+    return f'`{names}`, `kv="{adapter["kv"]}"`' + (window if adapter["kv_window"] else "")
+
+
+def _saving(phase: dict[str, Any] | None) -> str:
+    if phase is None:
+        return "-"
+    saved = phase["realised_saving"].get("routed")
+    mark = "" if phase["conclusive"] else "*"
+    return f"{phase['over_dense']['routed']:.2f}" + (
+        "" if saved is None else f" ({saved:.2f}{mark})"
+    )
