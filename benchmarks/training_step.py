@@ -26,10 +26,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from router_tuning import RouterTuningConfig
-from router_tuning.bench import held_bytes, peak_bytes
 from router_tuning.cli.records import device_name, versions, write_json
 from router_tuning.data import WindowDataset, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
+from router_tuning.memory import held_bytes, peak_bytes
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 
 VARIANTS = ("routers, lm", "routers, distill", "LoRA r=8", "full")

@@ -13,13 +13,10 @@ Shapes: B batch, T prompt tokens.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,6 +37,7 @@ from router_tuning.execution.context import (
     record,
     routing_of,
 )
+from router_tuning.memory import blocks_returned, held_bytes, peak_bytes
 from router_tuning.record import Trace
 from router_tuning.units import cache_argument, decoder_of, unwrap
 
@@ -50,8 +48,6 @@ VARIANTS = ("dense", "all_kept", "routed", "random", "static", "floor", "masked"
 """What is compared; docs/measuring.md says what each is."""
 SURE = 3.0
 """A saving is conclusive where dense - ideal is at least so many spreads."""
-CLEAR_PEAK = "5"
-"""What Linux wants in clear_refs to forget a process's peak memory."""
 
 
 @dataclass(frozen=True)
@@ -310,7 +306,7 @@ class _Cell:
         """Bytes that the cache holds after the whole text, and the most that was held beside the
         weights; None where the platform does not tell.
         """
-        with variant():
+        with variant(), blocks_returned():
             before = held_bytes(self.ids_BT.device)
             cache = self._prefill(cached=name != "masked")
             if name != "masked":
@@ -372,33 +368,3 @@ def _end_to_end(
 ) -> dict[str, float]:
     """Seconds of the prompt and all new tokens."""
     return {name: prefill[name].median + new_tokens * t.median for name, t in decode.items()}
-
-
-def held_bytes(device: torch.device) -> int | None:
-    """What is held now; the peak is counted from here."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return int(torch.cuda.memory_allocated(device))
-    try:
-        gc.collect()
-        # What the allocator kept of earlier runs would serve this one unseen.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-    except (OSError, AttributeError):  # another platform, or another C library
-        return None
-    return _status_bytes("VmRSS")
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = (line.split() for line in lines if line.startswith(f"{name}:"))
-    return next((int(parts[1]) * 1024 for parts in found), None)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from router_tuning.errors import UnsupportedCallError
@@ -70,22 +71,11 @@ class UnitCall:
         Raises:
             UnsupportedCallError: an argument of another shape, of which no part can be given.
         """
-        batch, length = self.x_BTD.shape[:2]
-
-        def pick(value: Any) -> Any:
-            if isinstance(value, (tuple, list)):
-                return type(value)(pick(part) for part in value)
-            if not isinstance(value, Tensor) or value.ndim < 2:
-                return value
-            if value.shape[1] != length or value.shape[0] not in (1, batch):
-                raise UnsupportedCallError(
-                    f"a unit was called with a tensor {tuple(value.shape)} beside its hidden "
-                    f"states {tuple(self.x_BTD.shape)}; it is not by tokens, so the unit cannot be "
-                    "run on its kept tokens alone: route another kind of unit"
-                )
-            return value[row_RL if value.shape[0] == batch else row_RL * 0, token_RL]
-
-        taken = {name: pick(value) for name, value in self.kwargs.items() if name != MASK}
+        taken = {
+            name: _at(value, row_RL, token_RL, self.x_BTD.shape)
+            for name, value in self.kwargs.items()
+            if name != MASK
+        }
         return self.over(cache, {**taken, MASK: mask})
 
     def over(self, cache: Any, kwargs: dict[str, Any]) -> UnitCall:
@@ -97,6 +87,27 @@ class UnitCall:
         """Call a forward; hidden states go first, as activation checkpointing wants them."""
         rest = {name: value for name, value in self.kwargs.items() if name != self.state}
         return forward(self.x_BTD, **rest)
+
+
+def _at(value: Any, row_RL: Tensor, token_RL: Tensor, shape: torch.Size) -> Any:
+    """Some tokens of what has the shape (B or 1, T, ...), also within tuples; anything else is for
+    all tokens. `shape` is that of the hidden states.
+
+    A function of the module: one that called itself from inside `UnitCall.at` would be a cycle, and
+    hold a call's tensors until Python looks for cycles.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(_at(part, row_RL, token_RL, shape) for part in value)
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    batch, length = shape[:2]
+    if value.shape[1] != length or value.shape[0] not in (1, batch):
+        raise UnsupportedCallError(
+            f"a unit was called with a tensor {tuple(value.shape)} beside its hidden states "
+            f"{tuple(shape)}; it is not by tokens, so the unit cannot be run on its kept tokens "
+            "alone: route another kind of unit"
+        )
+    return value[row_RL if value.shape[0] == batch else row_RL * 0, token_RL]
 
 
 @functools.cache

@@ -8,10 +8,10 @@ row, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from router_tuning.execution.cache import KeptKeys, RoutedCacheLayer, real_columns
 from router_tuning.execution.call import Decided, UnitCall
@@ -39,36 +39,51 @@ class SegmentKeys:
         self.lasting_BT = lasting(decided.host_BT, context)
         self.asked_S = _by_segment(decided.kept, context)
         self.one = call.cache is not None and context.column_T.numel() == 1
-        self.of: Callable[[int], RowKeys] = self._made
+        self.store: KeptKeys | None = None
+        self.cached: tuple[Tensor, Tensor] | None = None
+        self.before: list[RowKeys] | None = None
         if call.cache is None:
             return
         if context.config.kv == "all":
-            *self.cached, self.first = store_all(made, call, unit, context)
-            self.of = self._cached
+            key, value, self.first = store_all(made, call, unit, context)
+            self.cached = key, value
             return
         assert layer is not None
-        store = layer.store
-        assert store is not None
-        self.store: KeptKeys = store
-        fresh = not store.seen
-        if store.ring and not self.one and not fresh:
+        assert layer.store is not None
+        self.fresh = not layer.store.seen
+        self.store = layer.store
+        if self.store.ring and not self.one and not self.fresh:
             # A long chunk overwrites ring slots that its first queries see.
-            before = [self._joined(row) for row in range(context.rows)]
-            self.of = before.__getitem__
-        elif self.one or not fresh:
-            self.of = self._stored
+            self.before = [self._joined(row) for row in range(context.rows)]
         store_kept(made, self.lasting_BT, layer, context)
+
+    def of(self, segment: int) -> RowKeys:
+        """The keys of a segment. A method, not one of its choices kept: an object that holds its
+        own method holds its tensors until Python looks for cycles, some layers later.
+        """
+        if self.cached is not None:
+            return self._cached(segment)
+        if self.before is not None:
+            return self.before[segment]
+        if self._from_store:
+            return self._stored(segment)
+        return self._made(segment)
+
+    @property
+    def _from_store(self) -> bool:
+        return self.store is not None and self.before is None and (self.one or not self.fresh)
 
     def together(self) -> RowKeys | None:
         """Keys of all rows (B, G, K, D), where each has one query that sees all, equally many.
 
         With kv="all" this does not come up: where all rows ask, the dense call itself runs.
         """
-        if not self.one or self.of != self._stored or min(self.asked_S) == 0:
+        if not self.one or not self._from_store or min(self.asked_S) == 0:
             return None
         keys = [self.of(row) for row in range(len(self.asked_S))]
         if any(k.column_K is not None or k.key.shape != keys[0].key.shape for k in keys):
             return None
+        assert self.store is not None
         assert self.store.keys is not None
         assert self.store.values is not None
         number = keys[0].key.shape[2]
@@ -101,6 +116,7 @@ class SegmentKeys:
     def _cached(self, row: int) -> RowKeys:
         """kv="all": of the ordinary cache."""
         context = self.context
+        assert self.cached is not None
         key, value = (x[row : row + 1] for x in self.cached)
         number, length = key.shape[2], context.column_T.numel()
         fits, padded = self._fits(number), context.real_BC is not None
@@ -121,6 +137,7 @@ class SegmentKeys:
     def _stored(self, row: int) -> RowKeys:
         """kv="kept": of the store, the new ones included."""
         store = self.store
+        assert store is not None
         assert store.keys is not None
         assert store.values is not None
         used = store.ring + store.lengths[row]
