@@ -3,6 +3,11 @@
 Saves nothing. Used for training, where the gradient must also reach skipped tokens, and as the
 reference that the skipping path is tested against.
 
+With kv="kept" a decision is also whether later tokens see this one's key, so gradients reach it
+through the keys too (decision 0011). Let a key have the weight k before the softmax; then
+d out_i / d k_j = w_ij (v_j - out_i). For a kept key that is taken where it stands, for a skipped
+one where no key is hidden: among the kept ones alone its w would be 0.
+
 Shapes: B batch, T tokens, D hidden.
 """
 
@@ -24,7 +29,7 @@ from router_tuning.execution.visibility import (
     recent,
     sliding_window_of,
 )
-from router_tuning.units import Unit
+from router_tuning.units import Unit, first_of
 
 
 def masked_call(
@@ -41,23 +46,10 @@ def masked_call(
     keep_BT = decided.keep_BT
     write_BT = context.real_BT if context.config.kv == "all" else permanent(keep_BT, context)
     context.note(unit, decided.record(write_BT, context))
-    mask = call.mask
+    hidden = int(keep_BT.sum()) < context.num_real
     # Nothing hidden: the dense call itself, so that fresh routers change no bit.
-    if context.config.kv == "kept" and (
-        context.weighed_keys or int(keep_BT.sum()) < context.num_real
-    ):
-        mask = _kept_keys_mask(attention, call, keep_BT, context)
-        if context.weighed_keys and decided.soft_BT is not None:
-            mask = _weighed(mask, decided.soft_BT, call.x_BTD.dtype, context)
-    return call.without_cache(mask).run(dense_forward)
-
-
-def _kept_keys_mask(
-    attention: nn.Module, call: UnitCall, keep_BT: Tensor, context: ForwardContext
-) -> Tensor:
-    """The attention's own mask without the keys of skipped tokens: (B, 1, T, T), bool or
-    additive.
-    """
+    if context.config.kv == "all" or not (hidden or context.weighed_keys):
+        return call.without_cache(call.mask).run(dense_forward)
     implementation = attention.config._attn_implementation  # type: ignore[union-attr]
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedCallError(
@@ -65,35 +57,76 @@ def _kept_keys_mask(
             f'{implementation!r} does not take; load the model with attn_implementation="sdpa" or '
             '"eager"'
         )
+    allowed = _allowed(attention, call, context)
+    mask = _kept_keys(allowed, keep_BT, context)
+    weight_BT = _key_weight(decided, context)
+    if weight_BT is None:
+        mask = mask if implementation == "sdpa" else additive(mask, call.x_BTD.dtype)
+        return call.without_cache(mask).run(dense_forward)
+    mask = _weighed(mask, weight_BT * keep_BT, call, context)
+    output = call.without_cache(mask).run(dense_forward)
+    if unit.kind == "attn" and hidden:  # of a block, it would take all of its work once more
+        return _by_skipped_keys(output, allowed, weight_BT * ~keep_BT, call, dense_forward, context)
+    return output
+
+
+def _allowed(attention: nn.Module, call: UnitCall, context: ForwardContext) -> Tensor:
+    """What the attention's own mask shows, as bool: (B or 1, 1, T, T)."""
+    allowed = _as_bool(call.mask)
+    if allowed is None:
+        column_1T = context.column_T[None]
+        allowed = causal(column_1T, column_1T, sliding_window_of(attention))[:, None]
+    return allowed
+
+
+def _kept_keys(allowed: Tensor, keep_BT: Tensor, context: ForwardContext) -> Tensor:
+    """The same without the keys of skipped tokens: (B, 1, T, T)."""
     column_1T = context.column_T[None]
     visible = permanent(keep_BT, context)[:, None, :] | recent(
         column_1T, column_1T, context.config.kv_window
     )
-    allowed = _as_bool(call.mask)
-    if allowed is None:
-        allowed = causal(column_1T, column_1T, sliding_window_of(attention))[:, None]
     # A skipped query before any kept key would see nothing and give NaN; its own key is harmless,
     # since its output is gated to zero.
     diagonal = torch.eye(keep_BT.shape[1], dtype=torch.bool, device=keep_BT.device)
-    mask = allowed & visible[:, None] | diagonal
-    if implementation == "sdpa":
-        return mask
-    return additive(mask, call.x_BTD.dtype)
+    return allowed & visible[:, None] | diagonal
 
 
-def _weighed(mask: Tensor, soft_BT: Tensor, dtype: torch.dtype, context: ForwardContext) -> Tensor:
-    """The same mask, additive, through which a key's logarithmic weight hands its gradient to its
-    token's decision: (B, 1, T, T).
-
-    With weight k_j before the softmax, d out_i / d k_j = w_ij (v_j - out_i) at k_j = 1.
+def _key_weight(decided: Decided, context: ForwardContext) -> Tensor | None:
+    """Zeros whose gradient is that of each token's decision; none at the sink, whose keys stay
+    whatever is decided: (B, T). None where no gradient is wanted.
     """
-    column_T = context.column_T
-    lasting_TT = ~recent(column_T[None], column_T[None], max(context.config.kv_window, 1))[0]
+    soft_BT = decided.soft_BT
+    if soft_BT is None or not soft_BT.requires_grad:
+        return None
     sink_BT = context.position_BT < context.config.kv_sink
-    weight_BT = (soft_BT - soft_BT.detach()).masked_fill(sink_BT, 0.0)
-    if mask.dtype == torch.bool:
-        mask = additive(mask, dtype)
-    return mask + (weight_BT[:, None, None] * lasting_TT).to(dtype)
+    return (soft_BT - soft_BT.detach()).masked_fill(sink_BT, 0.0)
+
+
+def _weighed(mask: Tensor, weight_BT: Tensor, call: UnitCall, context: ForwardContext) -> Tensor:
+    """A bool mask as an additive one, with the logarithms of the keys' weights (zeros) where it is
+    the decision that shows them, and not the window: (B, 1, T, T).
+    """
+    column_T, dtype = context.column_T[None], call.x_BTD.dtype
+    lasting_TT = ~recent(column_T, column_T, max(context.config.kv_window, 1))[0]
+    return additive(mask, dtype) + (weight_BT[:, None, None] * lasting_TT).to(dtype)
+
+
+def _by_skipped_keys(
+    output: Any,
+    allowed: Tensor,
+    weight_BT: Tensor,
+    call: UnitCall,
+    dense_forward: Callable[..., Any],
+    context: ForwardContext,
+) -> Any:
+    """The same output, through which gradients also reach the weights of skipped keys: as of an
+    attention that sees all keys, and hands on nothing else.
+    """
+    seen = call.without_cache(_weighed(allowed, weight_BT, call, context))
+    states = {seen.state: call.x_BTD.detach()}
+    whole = first_of(seen.over(None, {**seen.kwargs, **states}).run(dense_forward))
+    same = first_of(output) + (whole - whole.detach())
+    return (same, *output[1:]) if isinstance(output, tuple) else same
 
 
 def _as_bool(mask: Any) -> Tensor | None:
