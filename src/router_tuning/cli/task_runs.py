@@ -51,8 +51,10 @@ def measure_tasks(
     orders = None
     if controls is not None:
         selection, told["selection"] = selection_text(controls, adapter, loaded, asked.length)
-        with bar("Choosing what static dropping leaves out"):
-            orders = static_orders(model, selection, budgets, asked.batch_size)
+        with bar("Choosing what static dropping leaves out") as progress:
+            orders = static_orders(
+                model, selection, budgets, batch_size=asked.batch_size, progress=progress
+            )
     with bar(f"Evaluating {', '.join(task.name for task in tasks)}") as progress:
         found = evaluate_tasks(
             model,

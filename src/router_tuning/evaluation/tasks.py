@@ -121,7 +121,12 @@ def _task(name: str, parts: Sequence[Any], harness: Harness, limit: int | None) 
 
 
 def static_orders(
-    model: nn.Module, selection: Windows, budgets: Sequence[float], batch_size: int = 8
+    model: nn.Module,
+    selection: Windows,
+    budgets: Sequence[float],
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
 ) -> dict[str, list[str]]:
     """Which units static dropping takes first, chosen on selection windows by either criterion."""
     most = max(set().union(*static_counts(model, budgets).values()))
@@ -129,7 +134,7 @@ def static_orders(
     with evaluation_mode(model):
         return {
             "static_cosine": cosine_order(model, selection, batch_size=batch_size),
-            "static_greedy": greedy_order(model, few, most),
+            "static_greedy": greedy_order(model, few, most, progress=progress),
         }
 
 
