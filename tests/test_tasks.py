@@ -16,6 +16,7 @@ from laws import calibrate_by_hand, randomize
 from router_tuning import RoutingConfig, attach
 from router_tuning.baselines import RandomMask, StaticDrop
 from router_tuning.errors import BudgetError, ConfigError, DataError, UnsupportedCallError
+from router_tuning.evaluation.harness_tasks import _among
 from router_tuning.evaluation.tasks import Task, evaluate_tasks, load_tasks, static_orders
 from router_tuning.evaluation.variants import DENSE, SHARES, Items, Ran, Variant
 from router_tuning.execution.context import dense, record
@@ -351,6 +352,8 @@ def test_a_report_holds_paired_differences(
         per_char = [d / len(query(i, 2)["choices"][i % 2]) for i, d in enumerate(gold)]
         assert row["gold_difference"]["mean"] == pytest.approx(sum(gold) / 8)
         assert row["gold_difference_per_char"]["mean"] == pytest.approx(sum(per_char) / 8)
+        among = [a["among"] - b["among"] for a, b in zip(items, base, strict=True)]
+        assert row["among_choices_difference"]["mean"] == pytest.approx(sum(among) / 8)
         assert row["gold_difference"]["low"] < row["gold_difference"]["mean"]
         assert row["accuracy"] == sum(item["score"] for item in items) / 8
         assert row["above_chance"] == row["accuracy"] - 0.5
@@ -358,6 +361,12 @@ def test_a_report_holds_paired_differences(
         assert {name: row[name] for name in SHARES} == ran.shares()
     assert report["dense"]["rows"] == 8
     assert report["metric"] == "acc_norm"
+
+
+def test_among_choices_is_a_log_softmax() -> None:
+    said = [-3.0, -1.0, -200.0]
+    wanted = torch.tensor(said).log_softmax(0)
+    assert [_among(said, gold) for gold in range(3)] == pytest.approx(wanted.tolist())
 
 
 def test_controls_skip_as_much(

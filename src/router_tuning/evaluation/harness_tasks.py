@@ -6,6 +6,7 @@ every variant of the model is asked the very same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,7 +77,9 @@ class ChoiceTask(_FromHarness):
         return "acc_norm" if normalised else "acc"
 
     def measure(self, variant: Variant, tick: Tick) -> tuple[Items, Ran]:
-        """Of each row: score (0 or 1), gold (nats), chars of the gold answer, chance."""
+        """Of each row: score (0 or 1), gold (nats), among (nats, of the gold answer if it has to be
+        one of the choices), chars of the gold answer, chance.
+        """
         rows, ran = self.answers(variant, tick)
         return [self._item(*row) for row in rows], ran
 
@@ -90,6 +93,7 @@ class ChoiceTask(_FromHarness):
         return {
             "score": float(part.process_results(doc, said)[self.metric]),
             "gold": said[gold][0],
+            "among": _among([answer for answer, _ in said[: len(choices)]], gold),
             "chars": float(max(len(text) - len(part.get_config("target_delimiter")), 1)),
             "chance": 1 / len(choices),
         }
@@ -123,8 +127,15 @@ class ChoiceTask(_FromHarness):
             "share_above_chance": ours / there["above_chance"] if clear else None,
             "accuracy_difference": interval([a["score"] - b["score"] for a, b in pairs]),
             "gold_difference": interval(gold),
+            "among_choices_difference": interval([a["among"] - b["among"] for a, b in pairs]),
             "gold_difference_per_char": interval(by_char) if self.metric == "acc_norm" else None,
         }
+
+
+def _among(likelihoods: Sequence[float], gold: int) -> float:
+    """Log-probability of the gold answer where one of the choices is given (a log-softmax)."""
+    most = max(likelihoods)
+    return likelihoods[gold] - most - math.log(sum(math.exp(v - most) for v in likelihoods))
 
 
 def _gold(part: Any, doc: Any, choices: list[str]) -> int:
