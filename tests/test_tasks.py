@@ -383,15 +383,17 @@ def test_controls_skip_as_much(
         seeds=(3, 4),
         progress=lambda done, total: calls.append((done, total)),
     )["piqa"]
-    assert calls[-1][0] == calls[-1][1] == task.size * (1 + 2 + 2 * 2 + 3)
-    # Of 4 units, a budget of 0.9 drops 0.4 of one, 0.5 drops two.
-    golds = [ask(task, Variant(1.0, StaticDrop(order[:n])))[0] for n in range(3)]
+    assert calls[-1][0] == calls[-1][1] == task.size * (1 + 2 + 2 * 2 + 2 * 2)
+    golds = [ask(task, Variant(1.0, StaticDrop(order[:n])))[0] for n in range(5)]
     mean = [sum(item["gold"] for item in items) / 8 for items in golds]
-    rows = report["static_cosine"]
-    assert rows[0]["gold_log_likelihood"] == pytest.approx(0.6 * mean[0] + 0.4 * mean[1])
-    assert rows[1]["gold_log_likelihood"] == pytest.approx(mean[2])
-    assert [row["kept_fraction"] for row in rows] == pytest.approx([0.9, 0.5])
-    assert [row["units"] for row in rows] == [[[], order[:1]], [order[:2]]]
+    for row, beside in zip(report["static_cosine"], report["routed"], strict=True):
+        assert row["kept_fraction"] == pytest.approx(beside["kept_fraction"])  # not the budget
+        dropped = 4 * (1 - beside["kept_fraction"])
+        low = int(dropped)
+        share = dropped - low
+        wanted = (1 - share) * mean[low] + share * mean[low + 1]
+        assert row["gold_log_likelihood"] == pytest.approx(wanted)
+        assert row["units"] == [order[:low], order[: low + 1]]
     rates = ask(task, Variant(0.5))[1].kept_per_unit()
     runs = [ask(task, Variant(0.5, RandomMask(rates, seed)))[0] for seed in (3, 4)]
     random = sum(item["gold"] for items in runs for item in items) / 16
@@ -399,11 +401,21 @@ def test_controls_skip_as_much(
     assert report["random"][1]["seeds"] == [3, 4]
 
 
+def test_static_dropping_ends_with_its_order(
+    folder: Path, routed: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (task,) = load_tasks(["piqa"], routed, tokenizer, folder=folder)
+    order = {"static_cosine": ["layers.1.attn"]}
+    row = evaluate_tasks(routed, [task], [0.3], orders=order)["piqa"]["static_cosine"][0]
+    assert row["kept_fraction"] == 0.75
+    assert row["units"] == [["layers.1.attn"]]
+
+
 def test_orders_are_chosen_by_both_criteria(routed: PreTrainedModel) -> None:
     from router_tuning.data import Windows
 
     ids = token_ids(4, 12)
-    orders = static_orders(routed, Windows(ids, torch.zeros_like(ids).bool()), [0.6])
+    orders = static_orders(routed, Windows(ids, torch.zeros_like(ids).bool()), [0.9, 0.6])
     assert len(orders["static_cosine"]) == 4
     assert len(orders["static_greedy"]) == 2
 

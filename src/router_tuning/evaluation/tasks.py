@@ -37,6 +37,8 @@ from router_tuning.execution.prompts import refuse_windows
 GENERATION = "generation"
 GREEDY_WINDOWS = 8
 """Windows on which the greedy choice of units runs; it is slow."""
+DRIFT = 0.1
+"""By how much less than a budget may be kept on a task's text for static dropping to follow."""
 
 
 class Task(Protocol):
@@ -128,8 +130,10 @@ def static_orders(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> dict[str, list[str]]:
-    """Which units static dropping takes first, chosen on selection windows by either criterion."""
-    most = max(set().union(*static_counts(model, budgets).values()))
+    """Which units static dropping takes first, chosen on selection windows by either criterion: as
+    many as the budgets need, and DRIFT more.
+    """
+    most = max(static_counts(model, [max(min(budgets) - DRIFT, 0.0)]).popitem()[1])
     few = selection.take(range(min(GREEDY_WINDOWS, len(selection))))
     with evaluation_mode(model):
         return {
@@ -153,7 +157,8 @@ def evaluate_tasks(
         model: the one that the tasks were loaded for, with these budgets calibrated.
         tasks: from `load_tasks`.
         budgets: kept fractions in (0, 1].
-        orders: of static dropping, by the control's name (`static_orders`). None leaves it out.
+        orders: of static dropping, by the control's name (`static_orders`). As much is dropped as
+            the routers skipped of the same task. None leaves it out.
         seeds: of random masks, at the rate that the routers had in each unit on the same task; none
             leaves them out.
         progress: called with requests done, and requests in all.
@@ -168,9 +173,7 @@ def evaluate_tasks(
     budgets = [check_budget(b) for b in dict.fromkeys(budgets)]
     for budget in budgets:
         threshold_for(routing_of(model).config, budget)
-    counts = static_counts(model, budgets)
-    runs = 1 + len(budgets) * (1 + len(seeds))
-    runs += len(orders or {}) * len(set().union(*counts.values()))
+    runs = 1 + len(budgets) * (1 + len(seeds) + 2 * len(orders or {}))
     total = runs * sum(task.size for task in tasks)
     done = 0
 
@@ -187,7 +190,7 @@ def evaluate_tasks(
         if seeds:
             rows["random"] = one.random(seeds)
         for name, order in (orders or {}).items():
-            rows[name] = one.static(order, counts)
+            rows[name] = one.static(order, rows["routed"])
         found[task.name] = {**task.about(), "dense": task.summary(one.dense), **rows}
     return found
 
@@ -230,19 +233,25 @@ class _Measuring:
         return rows
 
     def static(
-        self, order: Sequence[str], counts: Mapping[float, Sequence[int]]
+        self, order: Sequence[str], routed: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
-        """A row for each budget, between the two whole numbers of units around it."""
+        """A row for each routed one, between the two whole numbers of units around what it kept:
+        on other text than that of the calibration, this is not the budget.
+        """
+        kept = {row["budget"]: row["kept_fraction"] for row in routed}
+        counts = static_counts(self.model, list(kept.values()))
         measured = {
             n: self.task.measure(Variant(1.0, StaticDrop(order[:n])), self.tick)
-            for n in sorted(set().union(*counts.values()))
+            for n in sorted({min(n, len(order)) for around in counts.values() for n in around})
         }
+        self.tick(self.task.size * (2 * len(routed) - len(measured)))  # what was not needed
         rows = []
-        for budget, around in counts.items():
-            low, high = around[0], around[-1]
-            share = exact_count(self.model, budget) - low if high > low else 0.0
+        for budget, fraction in kept.items():
+            low, high = (min(n, len(order)) for n in (counts[fraction][0], counts[fraction][-1]))
+            share = exact_count(self.model, fraction) - low if high > low else 0.0
             row = self._mean(budget, [(measured[low], 1 - share), (measured[high], share)])
-            rows.append({**row, "units": [list(order[:n]) for n in around]})
+            units = [list(order[:n]) for n in sorted({low, high})]
+            rows.append({**row, "units": units})
         return rows
 
     def _mean(
