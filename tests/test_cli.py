@@ -717,6 +717,87 @@ def test_eval_writes_the_form_of_the_issue(home: Path, adapter: Path, tmp_path: 
     assert f"{document['dense']['loss']:.4f}" in said
 
 
+@pytest.fixture(scope="module")
+def task_data(home: Path) -> Path:
+    """Local files of two tasks."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    folder = home / "tasks"
+    folder.mkdir()
+    rows = [
+        {"query": f"Question: {i}?", "choices": [f"it is {i}", "it is not"], "gold": i % 2}
+        for i in range(6)
+    ]
+    write_rows(folder / "piqa.jsonl", rows)
+    write_rows(
+        folder / "gsm8k.jsonl", [{"question": f"{i}?", "answer": f"It is {i}."} for i in range(4)]
+    )
+    return folder
+
+
+def test_eval_measures_tasks_without_data(
+    home: Path, adapter: Path, task_data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "e.json"
+    options = ["--tasks", "piqa,gsm8k,generation", "--task-data", task_data, "--limit", "3"]
+    said = run("eval", "--adapter", adapter, *options, "--budgets", "0.9,0.8", "--json", file)
+    document = read(file)
+    assert document.keys() == {"tasks", "run"}
+    assert document["run"]["data"] == {"tasks": str(task_data)}
+    tasks = document["tasks"]
+    assert {name: task["kind"] for name, task in tasks.items()} == {
+        "piqa": "choice",
+        "gsm8k": "loss",
+        "generation": "generation",
+    }
+    for task in tasks.values():
+        assert task["dense"]["rows"] == 3
+        assert [row["budget"] for row in task["routed"]] == [0.9, 0.8]
+    row = tasks["piqa"]["routed"][0]
+    assert row["gold_difference"].keys() == {"mean", "low", "high"}
+    assert f"{row['gold_difference']['mean']:+.4f} [" in said.out
+    assert f"{tasks['gsm8k']['dense']['loss']:.4f}" in said.out
+    assert "agreement" in said.out
+
+
+def test_eval_measures_tasks_beside_losses_and_controls(
+    home: Path, adapter: Path, task_data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "e.json"
+    options = ["--tasks", "piqa", "--task-data", task_data, "--limit", "2", "--budgets", "0.8"]
+    more = ["--compare", "--static-steps", "0", "--masks", "2", "--length", "32", "--json", file]
+    data = ["--data", home / "plain.txt"]
+    run("eval", "--adapter", adapter, *data, *options, *more)
+    document = read(file)
+    controls = {"random", "static_cosine", "static_greedy"}
+    assert controls | {"dense", "routed", "tasks", "run"} <= document.keys()
+    piqa = document["tasks"]["piqa"]
+    assert controls | {"dense", "routed", "kind", "metric", "shots"} == piqa.keys()
+    assert piqa["random"][0]["seeds"] == [0, 1]
+    kept = piqa["routed"][0]["kept_fraction"]
+    assert piqa["static_greedy"][0]["kept_fraction"] == pytest.approx(kept)
+    assert document["run"]["data"].keys() == {"measured", "selection", "tasks"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "nothing to measure"),
+        (["--tasks", " , "], "--tasks is empty"),
+        (["--data", "x", "--shots", "2"], "go with --tasks"),
+        (["--data", "x", "--task-data", "y"], "go with --tasks"),
+        (["--tasks", "piqa", "--compare", "--static-steps", "2"], "go with --data"),
+    ],
+)
+def test_bad_options_of_tasks(adapter: Path, options: list[str], words: str) -> None:
+    assert words in refused(2, "eval", "--adapter", adapter, *options)
+
+
+def test_malformed_tasks_name_their_line(adapter: Path, task_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "piqa.jsonl").write_text('{"query": "a"}\n')
+    options = ["--tasks", "piqa", "--task-data", tmp_path]
+    assert "line 1: missing 'choices', 'gold'" in refused(2, "eval", "--adapter", adapter, *options)
+
+
 def test_bench_measures_an_adapter(home: Path, adapter: Path, tmp_path: Path) -> None:
     file, figure = tmp_path / "b.json", tmp_path / "b.png"
     options = ["--prompt-tokens", "20,40", "--batch-size", "1,2", "--new-tokens", "2"]

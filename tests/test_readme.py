@@ -32,6 +32,7 @@ IN_PLACE_OF = {  # what the README writes, and what a tiny run on a CPU needs
 IN_PLACE_OF_COMMANDS = {
     "--model smollm2-135m": "--model base --steps 4 --length 32 --held-out 4",
     "--budgets 0.9,0.8 --compare": "--budgets 0.9,0.8 --compare --length 32 --limit 2",
+    "--tasks arc_challenge,piqa": "--tasks piqa --budgets 0.8",
     "--budget 0.8 --prompt": "--budget 0.8 --max-new-tokens 2 --prompt",
     "--prompt-tokens 512,2048 --batch-size 1,8": (
         "--prompt-tokens 12 --batch-size 1 --new-tokens 1 --repeats 1 --variants routed"
@@ -60,6 +61,9 @@ def _here(
     rows = [{"prompt": f"Say it {i}", "response": SENTENCES[i % 5] * 3} for i in range(130)]
     for name in ("chats", "other", "unseen"):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("tasks").mkdir()
+    asked = {"query": "Question: is it?", "choices": ["it is", "no"], "gold": 0}
+    Path("tasks/piqa.jsonl").write_text(json.dumps(asked) + "\n")
     yield
     logging.enable_progress_bar()  # the command line switches transformers' own off
 
@@ -67,10 +71,11 @@ def _here(
 @pytest.mark.usefixtures("_here")
 def test_readme_commands_run() -> None:
     """In their order: each has what those before it left."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
     code = readme_block("bash", "router-tuning tune", IN_PLACE_OF_COMMANDS)
     lines = [shlex.split(line, comments=True) for line in code.splitlines()]
     commands = [line[1:] for line in lines if line[0] == "router-tuning"]
-    verbs = ["tune", "calibrate", "eval", "generate", "bench", "env"]
+    verbs = ["tune", "calibrate", "eval", "eval", "generate", "bench", "env"]
     assert [command[0] for command in commands] == verbs
     for command in commands:
         done = CliRunner().invoke(app, command)

@@ -52,6 +52,10 @@ _CHARS_PER_TOKEN = (
 )
 
 
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
+"""How the frozen model's answers are drawn."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One conversation, or one plain text: exactly one of the two is set."""
@@ -115,13 +119,24 @@ def _file_examples(path: Path) -> Iterator[Example]:
         if text.strip():
             yield Example(text=text)
     elif name.endswith(".jsonl"):
-        for number, line in _lines(path):
-            if line.strip():
-                yield _example(_row(line, f"{path}, line {number}"), f"{path}, line {number}")
+        for where, row in json_rows(path):
+            yield _example(row, where)
     else:
         raise DataError(
             f"{path}: unknown kind of file; wanted a name ending in {', '.join(FILE_SUFFIXES)}"
         )
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of a `.jsonl` file (also with `.gz`), each with the words for where it stands.
+
+    Raises:
+        DataError: unreadable, or a line that is no JSON.
+    """
+    for number, line in _lines(path):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, _row(line, where)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -516,9 +531,7 @@ def sample_answers(
         One conversation a prompt, in the order of the prompts, without those of empty answers.
     """
     _at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    texts = [_generation_text(tokenizer, prompt) for prompt in prompts]
-    special = not tokenizer.chat_template
-    inputs = [tokenizer(t, add_special_tokens=special, verbose=False)["input_ids"] for t in texts]
+    inputs = prompt_ids(tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(inputs[i]))
     answers = [""] * len(prompts)
     device = next(model.parameters()).device
@@ -527,12 +540,20 @@ def sample_answers(
         torch.manual_seed(seed)
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
-            batch = _generate(model, tokenizer, [inputs[i] for i in rows], max_new_tokens)
+            given = [inputs[i] for i in rows]
+            batch = continued(model, tokenizer, given, max_new_tokens, **SAMPLING)
             for i, ids in zip(rows, batch, strict=True):
                 answers[i] = _decoded(tokenizer, ids)
             if progress is not None:
                 progress(min(begin + batch_size, len(order)), len(order))
     return [Example(messages=_turns(p, a)) for p, a in zip(prompts, answers, strict=True) if a]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """The token ids of users' messages, up to where the assistant begins."""
+    texts = [_generation_text(tokenizer, prompt) for prompt in prompts]
+    special = not tokenizer.chat_template
+    return [tokenizer(t, add_special_tokens=special, verbose=False)["input_ids"] for t in texts]
 
 
 def _generation_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -543,14 +564,17 @@ def _generation_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return _templated(tokenizer, [message], f"prompt {prompt!r:.40}", generation_prompt=True)
 
 
-def _generate(
+def continued(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    inputs: list[list[int]],
+    inputs: Sequence[list[int]],
     max_new_tokens: int,
+    **options: Any,
 ) -> list[list[int]]:
-    """Sample a continuation of each row; rows are padded on the left."""
-    stops = _stop_ids(model, tokenizer)
+    """A continuation of each row of token ids, which are padded on the left; options are those of
+    `generate`. Rows that stop early end in padding.
+    """
+    stops = stop_ids(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, *stops) if i is not None), 0)
     width = max(map(len, inputs))
     device = next(model.parameters()).device
@@ -560,18 +584,16 @@ def _generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=0.8,
-        top_p=0.95,
-        top_k=0,
         pad_token_id=pad,
         eos_token_id=stops or None,
+        **options,
     )
     rows: list[list[int]] = output[:, width:].tolist()
     return rows
 
 
-def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer."""
     configured = model.generation_config.eos_token_id
     known = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in (*known, tokenizer.eos_token_id) if i is not None})

@@ -80,7 +80,7 @@ def measure(
         _check_static(controls.learned_static, adapter, budgets)
     elif tuned_here and min(budgets) < 1:
         static = _plan(adapter, loaded, controls)
-    selection, chosen_on = _selection(controls, adapter, loaded, windows.ids.shape[1], static)
+    selection, chosen_on = selection_text(controls, adapter, loaded, windows.ids.shape[1], static)
     with bar(f"Evaluating {windows.num_tokens} tokens, with controls") as progress:
         result = evaluate(
             loaded.model,
@@ -125,9 +125,14 @@ def _rows(
     return rows
 
 
-def _selection(
-    controls: Controls, adapter: str, loaded: Loaded, length: int, static: StaticTuning | None
+def selection_text(
+    controls: Controls,
+    adapter: str,
+    loaded: Loaded,
+    length: int,
+    static: StaticTuning | None = None,
 ) -> tuple[Windows, str]:
+    """Windows on which static dropping is chosen, and their name."""
     if controls.selection_data is not None:
         examples = load_examples(controls.selection_data)
         windows = make_windows(loaded.tokenizer, examples, length=length, limit=CALIBRATION_WINDOWS)

@@ -49,6 +49,20 @@ def budgets_to_calibrate(text: str, *more: float) -> tuple[float, ...]:
     return tuple(found)
 
 
+def names_in(text: str | None) -> tuple[str, ...]:
+    """`arc_challenge,piqa` as names, each once; None for none.
+
+    Raises:
+        ConfigError: a text without a name.
+    """
+    if text is None:
+        return ()
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise ConfigError("--tasks is empty; wanted names such as arc_challenge,piqa")
+    return names
+
+
 def granularities_in(text: str) -> str | list[str]:
     """`attn_token,mlp_token` as a list of names; one name alone as it is."""
     names = [part.strip() for part in text.split(",")]

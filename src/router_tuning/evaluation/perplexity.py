@@ -232,7 +232,7 @@ def _check_controls(windows: Windows, selection: Windows | None, seeds: Sequence
 def _control_passes(model: nn.Module, budgets: Sequence[float], seeds: Sequence[int]) -> int:
     """How often the controls run over the windows; choosing what to drop is not counted."""
     random = 2 * len(seeds) * len(budgets)
-    static = 2 * len(set().union(*_static_counts(model, budgets).values()))
+    static = 2 * len(set().union(*static_counts(model, budgets).values()))
     return random + static
 
 
@@ -307,7 +307,7 @@ def _static_controls(
     greedy_windows: int,
 ) -> dict[str, list[dict[str, Any]]]:
     """Dropping whole units, chosen on the selection windows by either criterion."""
-    counts = _static_counts(model, budgets)
+    counts = static_counts(model, budgets)
     most = max(set().union(*counts.values()))
     few = selection.take(range(min(greedy_windows, len(selection))))
     with evaluation_mode(model):
@@ -319,17 +319,18 @@ def _static_controls(
     }
 
 
-def _static_counts(model: nn.Module, budgets: Sequence[float]) -> dict[float, list[int]]:
+def static_counts(model: nn.Module, budgets: Sequence[float]) -> dict[float, list[int]]:
     """The one or two whole numbers of dropped units around each budget; at most all routed ones."""
     routed = len(routing_of(model).units)
     counts = {}
     for budget in budgets:
-        exact = _exact_count(model, budget)
+        exact = exact_count(model, budget)
         counts[budget] = sorted({min(n, routed) for n in (math.floor(exact), math.ceil(exact))})
     return counts
 
 
-def _exact_count(model: nn.Module, budget: float) -> float:
+def exact_count(model: nn.Module, budget: float) -> float:
+    """How many units dropped would be exactly the budget."""
     # Rounded, so that 0.9 of 30 units drops 3 of them, not 2.9999999999999996.
     return round((1 - budget) * routing_of(model).num_units_of_kind, 9)
 
@@ -343,7 +344,7 @@ def _static_rows(
     rows = []
     for budget, around in counts.items():
         low, high = around[0], around[-1]
-        share = _exact_count(model, budget) - low if high > low else 0.0
+        share = exact_count(model, budget) - low if high > low else 0.0
         row = _weighted([(measured[low], 1 - share), (measured[high], share)])
         rows.append({"budget": budget, **row, "units": [list(order[:n]) for n in around]})
     return rows

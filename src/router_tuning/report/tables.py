@@ -13,15 +13,15 @@ from router_tuning.report.curves import CURVES, SPEED
 def budget_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Calibrated budgets: what they keep, their threshold, and the held-out loss."""
     header = ("budget", "kept", "kept of routed", "threshold", "held-out loss", "over dense")
-    table = _numbers(header)
+    table = numbers(header)
     for row in sorted(rows, key=lambda r: -float(r["budget"])):
         table.add_row(
             f"{row['budget']:g}",
-            _fixed(row["kept_fraction"], 3),
-            _fixed(row["kept_of_routed"], 3),
-            _fixed(row["threshold"], 3, sign=True),
-            _fixed(row.get("loss"), 4),
-            _fixed(row.get("loss_over_dense"), 4, sign=True),
+            fixed(row["kept_fraction"], 3),
+            fixed(row["kept_of_routed"], 3),
+            fixed(row["threshold"], 3, sign=True),
+            fixed(row.get("loss"), 4),
+            fixed(row.get("loss_over_dense"), 4, sign=True),
         )
     return table
 
@@ -30,9 +30,9 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     """The JSON of `eval`: dense, routed, and the controls that it holds."""
     dense = result["dense"]
     header = ("what", "budget", "kept", "loss", "over dense", "answers", "FLOPs")
-    table = _numbers(header, first="left")
-    answers = _fixed(dense["answer_loss"], 4)
-    table.add_row("dense", "", "1.000", _fixed(dense["loss"], 4), "", answers, "1.000")
+    table = numbers(header, first="left")
+    answers = fixed(dense["answer_loss"], 4)
+    table.add_row("dense", "", "1.000", fixed(dense["loss"], 4), "", answers, "1.000")
     for name, label in CURVES.items():
         rows: Iterable[Mapping[str, Any]] = result.get(name, ())
         if rows:
@@ -41,11 +41,11 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
             table.add_row(
                 label,
                 f"{row['budget']:g}",
-                _fixed(row["kept_fraction"], 3),
-                _fixed(row["loss"], 4),
-                _fixed(row["loss"] - dense["loss"], 4, sign=True),
-                _fixed(row["answer_loss"], 4),
-                _fixed(row["flops_fraction"], 3),
+                fixed(row["kept_fraction"], 3),
+                fixed(row["loss"], 4),
+                fixed(row["loss"] - dense["loss"], 4, sign=True),
+                fixed(row["answer_loss"], 4),
+                fixed(row["flops_fraction"], 3),
             )
     return table
 
@@ -54,7 +54,7 @@ def speed_table(result: Mapping[str, Any]) -> Table:
     """The JSON of `bench`: times over dense, and the share of the possible saving."""
     variants = [v for v in SPEED if v in result["cells"][0]["prefill"]["over_dense"]]
     header = ("rows", "prompt", "budget", "kept", "phase", *variants, "saved", "cache")
-    table = _numbers(header)
+    table = numbers(header)
     for cell in result["cells"]:
         cache = cell["kv_bytes_counted"]
         for phase in ("prefill", "decode"):
@@ -67,17 +67,18 @@ def speed_table(result: Mapping[str, Any]) -> Table:
                 str(cell["batch_size"]),
                 str(cell["prompt_tokens"]),
                 "own" if cell["budget"] is None else f"{cell['budget']:g}",
-                _fixed(cell["kept_fraction"], 2),
+                fixed(cell["kept_fraction"], 2),
                 phase,
-                *(_fixed(part["over_dense"].get(name), 2) for name in variants),
-                f"{_fixed(saved, 2)}{mark}",
-                _fixed(cache["routed"] / cache["dense"], 2),
+                *(fixed(part["over_dense"].get(name), 2) for name in variants),
+                f"{fixed(saved, 2)}{mark}",
+                fixed(cache["routed"] / cache["dense"], 2),
             )
         table.add_section()
     return table
 
 
-def _numbers(header: Sequence[str], first: str = "right") -> Table:
+def numbers(header: Sequence[str], first: str = "right") -> Table:
+    """An empty table of numbers; the first column may stand to the left."""
     table = Table()
     for number, name in enumerate(header):
         left = number == 0 and first == "left"
@@ -85,7 +86,8 @@ def _numbers(header: Sequence[str], first: str = "right") -> Table:
     return table
 
 
-def _fixed(value: float | None, digits: int, sign: bool = False) -> str:
+def fixed(value: float | None, digits: int, sign: bool = False) -> str:
+    """A number with so many decimals; a dash for None."""
     if value is None:
         return "-"
     return f"{value:{'+' if sign else ''}.{digits}f}"
