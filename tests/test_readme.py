@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from router_tuning import make_windows, record
+from router_tuning import RouterTuningConfig, load_model, make_windows, record
 from router_tuning.cli import app
 from tiny import SENTENCES, tiny_model
 
@@ -37,6 +38,7 @@ IN_PLACE_OF_COMMANDS = {
     "--prompt-tokens 512,2048 --batch-size 1,8": (
         "--prompt-tokens 12 --batch-size 1 --new-tokens 1 --repeats 1 --variants routed"
     ),
+    "--data unseen.jsonl --out shallow": "--data unseen.jsonl --length 32 --limit 2 --out shallow",
 }
 
 
@@ -61,6 +63,10 @@ def _here(
     rows = [{"prompt": f"Say it {i}", "response": SENTENCES[i % 5] * 3} for i in range(130)]
     for name in ("chats", "other", "unseen"):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = {f"layers.{i}.block": float(i != 1) for i in range(4)}
+    entry = {"budget": 0.6, "threshold": 0.0, "kept_per_unit": kept}
+    blocks = RouterTuningConfig(granularity="block_token", calibration=[entry])
+    get_peft_model(load_model("base"), blocks).save_pretrained("blocks")
     Path("tasks").mkdir()
     asked = {"query": "Question: is it?", "choices": ["it is", "no"], "gold": 0}
     Path("tasks/piqa.jsonl").write_text(json.dumps(asked) + "\n")
@@ -75,7 +81,7 @@ def test_readme_commands_run() -> None:
     code = readme_block("bash", "router-tuning tune", IN_PLACE_OF_COMMANDS)
     lines = [shlex.split(line, comments=True) for line in code.splitlines()]
     commands = [line[1:] for line in lines if line[0] == "router-tuning"]
-    verbs = ["tune", "calibrate", "eval", "eval", "generate", "bench", "env"]
+    verbs = ["tune", "calibrate", "eval", "eval", "generate", "bench", "export", "env"]
     assert [command[0] for command in commands] == verbs
     for command in commands:
         done = CliRunner().invoke(app, command)
