@@ -21,7 +21,17 @@ import typer
 from typer.core import TyperGroup
 
 import router_tuning
-from router_tuning.cli import bench, calibrate, demo, env, evaluate, export, generate, tune
+from router_tuning.cli import (
+    bench,
+    calibrate,
+    demo,
+    env,
+    evaluate,
+    export,
+    generate,
+    import_official,
+    tune,
+)
 from router_tuning.cli.console import fail, warn
 from router_tuning.errors import (
     BudgetError,
@@ -94,6 +104,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
+app.command("import-official")(import_official.import_official)
 app.command("demo")(demo.demo)
 app.command("env")(env.env)
 
