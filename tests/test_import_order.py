@@ -29,7 +29,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"peft_config", "card", "baselines"}),
     frozenset({"peft_tuner"}),
     frozenset({"adapter_folder"}),
-    frozenset({"training", "calibration", "evaluation", "bench", "export"}),
+    frozenset({"training", "calibration", "evaluation", "bench", "export", "official"}),
     frozenset({"report"}),
     frozenset({"cli", "__main__"}),
 )

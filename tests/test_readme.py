@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from router_tuning import make_windows, record
+from router_tuning import RouterTuningConfig, load_model, make_windows, record
 from router_tuning.cli import app
 from tiny import SENTENCES, tiny_model
 
@@ -30,13 +32,15 @@ IN_PLACE_OF = {  # what the README writes, and what a tiny run on a CPU needs
 
 
 IN_PLACE_OF_COMMANDS = {
-    "--model smollm2-135m": "--model base --steps 4 --length 32 --held-out 4",
+    "tune --model smollm2-135m": "tune --model base --steps 4 --length 32 --held-out 4",
     "--budgets 0.9,0.8 --compare": "--budgets 0.9,0.8 --compare --length 32 --limit 2",
     "--tasks arc_challenge,piqa": "--tasks piqa --budgets 0.8",
     "--budget 0.8 --prompt": "--budget 0.8 --max-new-tokens 2 --prompt",
     "--prompt-tokens 512,2048 --batch-size 1,8": (
         "--prompt-tokens 12 --batch-size 1 --new-tokens 1 --repeats 1 --variants routed"
     ),
+    "official/ --model smollm2-135m": "official/ --model base",
+    "--data unseen.jsonl --out shallow": "--data unseen.jsonl --length 32 --limit 2 --out shallow",
 }
 
 
@@ -61,6 +65,15 @@ def _here(
     rows = [{"prompt": f"Say it {i}", "response": SENTENCES[i % 5] * 3} for i in range(130)]
     for name in ("chats", "other", "unseen"):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = {f"layers.{i}.block": float(i != 1) for i in range(4)}
+    entry = {"budget": 0.6, "threshold": 0.0, "kept_per_unit": kept}
+    blocks = RouterTuningConfig(granularity="block_token", calibration=[entry])
+    get_peft_model(load_model("base"), blocks).save_pretrained("blocks")
+    Path("official").mkdir()
+    router = {"model.layers.2.router.weight": torch.ones(1, 32)}
+    save_file(router, "official/model.safetensors")
+    said = {"num_hidden_layers": 4, "is_mod": [False, False, True, False]}
+    Path("official/config.json").write_text(json.dumps(said))
     Path("tasks").mkdir()
     asked = {"query": "Question: is it?", "choices": ["it is", "no"], "gold": 0}
     Path("tasks/piqa.jsonl").write_text(json.dumps(asked) + "\n")
@@ -75,7 +88,8 @@ def test_readme_commands_run() -> None:
     code = readme_block("bash", "router-tuning tune", IN_PLACE_OF_COMMANDS)
     lines = [shlex.split(line, comments=True) for line in code.splitlines()]
     commands = [line[1:] for line in lines if line[0] == "router-tuning"]
-    verbs = ["tune", "calibrate", "eval", "eval", "generate", "bench", "env"]
+    verbs = ["tune", "calibrate", "eval", "eval", "generate", "bench", "export"]
+    verbs += ["import-official", "env"]
     assert [command[0] for command in commands] == verbs
     for command in commands:
         done = CliRunner().invoke(app, command)

@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]
 
 class RandomMask:
     """Keeps at a given rate whatever the text says: each token by itself, or a sequence's tokens
-    after its always-run prefix (with pooling="prompt": all of its tokens) together, as the unit's
+    after its always-run prefix (under other poolings: all of its tokens) together, as the unit's
     granularity has it.
 
     Rows differ. Token masks of one seed are the same however a text is cut into chunks; for
@@ -76,7 +76,7 @@ class RandomMask:
         key_B1 = _mix(_mix(torch.full_like(row_B1, self.seed * 1_000_003 + _number(unit))) ^ row_B1)
         if unit.kind not in forward.sequence_kinds:
             return _uniform(_mix(key_B1 ^ (forward.position_BT + 1))) < rate
-        if forward.config.pooling == "prompt":
+        if forward.config.pooling != "prefix":
             return (_uniform(key_B1) < rate).expand(x_BTD.shape[:2])
         always_BT = forward.position_BT < forward.config.decide_after
         share = float(always_BT.double().mean())

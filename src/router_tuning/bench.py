@@ -137,10 +137,11 @@ def bench(
     """
     if not ids_N.numel():
         raise DataError("a benchmark wants real text to run on, and got none")
-    if routing_of(model).config.pooling == "prompt":
+    pooling = routing_of(model).config.pooling
+    if pooling != "prefix":
         raise ConfigError(
-            'a benchmark decodes text that has no prompts, and with pooling="prompt" these decide; '
-            'it measures adapters with pooling="prefix"'
+            f'a benchmark decodes text that has no prompts, and with pooling="{pooling}" it takes '
+            'more than its first tokens to decide; it measures adapters with pooling="prefix"'
         )
     for budget in plan.budgets:
         threshold_for(routing_of(model).config, budget)

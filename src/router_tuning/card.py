@@ -126,7 +126,8 @@ def _settings(config: RoutingConfig) -> list[tuple[str, str]]:
     if any(g.endswith("_sequence") for g in config.granularities):
         after = ("a sequence decides after", f"{config.decide_after} tokens, which always run")
         whole = ("a sequence decides by", "its whole prompt, for the prompt and the answer")
-        rows.insert(1, whole if config.pooling == "prompt" else after)
+        future = ("a sequence decides by", "all of it, the answer too: for comparison alone")
+        rows.insert(1, {"prompt": whole, "official": future}.get(config.pooling, after))
     return rows
 
 

@@ -25,7 +25,7 @@ GRANULARITIES = (
 )
 ROUTERS = ("linear", "bottleneck", "bias")
 KV_POLICIES = ("all", "kept")
-POOLINGS = ("prefix", "prompt")
+POOLINGS = ("prefix", "prompt", "official")
 CALIBRATION_WINDOWS = 64
 """Held-out windows that thresholds are chosen on, at most, unless told otherwise. With sixteen,
 other text of the same kind came out up to 0.03 off its budget.
@@ -58,6 +58,8 @@ class RoutingConfig:
     pooling: str = "prefix"
     """Sequence granularities: "prefix" lets the mean logit of the first decide_after tokens decide
     once, for what follows; "prompt" that of the whole prompt, for the prompt and all that follows.
+    "official" is for comparison with the official code alone, whose rule it is: the mean over all
+    that a forward is given, the answer and the padding included.
     """
 
     decide_after: int = 32

@@ -1,4 +1,4 @@
-"""The command line: `router-tuning tune | calibrate | eval | generate | bench | demo | env`.
+"""The command line: `router-tuning tune | calibrate | eval | generate | bench | export | ...`.
 
 One file a verb: it parses, calls, prints. Nothing here or in those files imports torch before a
 verb runs, so `--help` is fast. Errors leave here as one line on stderr and an exit code:
@@ -21,7 +21,17 @@ import typer
 from typer.core import TyperGroup
 
 import router_tuning
-from router_tuning.cli import bench, calibrate, demo, env, evaluate, generate, tune
+from router_tuning.cli import (
+    bench,
+    calibrate,
+    demo,
+    env,
+    evaluate,
+    export,
+    generate,
+    import_official,
+    tune,
+)
 from router_tuning.cli.console import fail, warn
 from router_tuning.errors import (
     BudgetError,
@@ -93,6 +103,8 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
+app.command("export")(export.export)
+app.command("import-official")(import_official.import_official)
 app.command("demo")(demo.demo)
 app.command("env")(env.env)
 

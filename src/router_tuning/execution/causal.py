@@ -22,7 +22,12 @@ from router_tuning.execution.context import (
     routing_of,
 )
 from router_tuning.execution.door import KEYWORDS, bind, taken_out
-from router_tuning.execution.prompts import asks_for_prompts, label_starts
+from router_tuning.execution.prompts import (
+    NO_CACHE,
+    asks_for_everything,
+    asks_for_prompts,
+    label_starts,
+)
 from router_tuning.units import decoder_of
 
 CONTINUOUS = (
@@ -71,6 +76,8 @@ def tell_prompt(causal_class: type) -> Callable[..., Any]:
 
     def generate(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
         dense_generate = original_method(causal, "generate")
+        if asks_for_everything(causal):
+            raise UnsupportedCallError(NO_CACHE)
         if not asks_for_prompts(causal):
             return dense_generate(*args, **kwargs)
         given = bind(causal_class, args, kwargs, "generate")

@@ -105,6 +105,10 @@ def _decision(
         return Decision(context.router(unit)(context.read(unit, x_BTD)))
     if context.config.pooling == "prompt":
         return _by_prompt(unit, x_BTD, context, layer)
+    if context.config.pooling == "official":
+        logits_BT = context.router(unit)(context.read(unit, x_BTD))
+        # Padding and all: the door let no cache pass.
+        return Decision(logits_BT.mean(1, keepdim=True).expand_as(logits_BT))
     return _by_prefix(unit, x_BTD, context, layer)
 
 

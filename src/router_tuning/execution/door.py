@@ -29,7 +29,7 @@ from router_tuning.execution.context import (
     routing_of,
 )
 from router_tuning.execution.handover import opened
-from router_tuning.execution.prompts import prompt_of
+from router_tuning.execution.prompts import NO_CACHE, pools_everything, prompt_of
 from router_tuning.units import cache_argument, decoder_layers, family_of
 
 KEYWORDS = ("budget", "prompt_lengths")
@@ -50,6 +50,9 @@ def enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return dense_forward(*args, **kwargs)  # raises transformers' own error
     _check_outputs(decoder, given)
     path = options.path or default_path(decoder, routing)
+    if options.decider is None and pools_everything(routing.config):
+        _check_no_cache(given, options)
+        path = "masked"  # the skipping one leaves out the padding, which decides with the rest
     if path == "masked":
         kwargs = _without_cache(given, kwargs)
     elif _fills_a_cache(decoder, given):
@@ -78,6 +81,11 @@ def enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if options.trace is not None:
         options.trace.forwards.append(context.record)
     return output
+
+
+def _check_no_cache(given: dict[str, Any], options: CallOptions) -> None:
+    if _cache_in(given) is not None or given.get("use_cache") or options.path == "skipping":
+        raise UnsupportedCallError(NO_CACHE)
 
 
 def _check_outputs(decoder: nn.Module, given: dict[str, Any]) -> None:

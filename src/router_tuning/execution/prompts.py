@@ -30,16 +30,37 @@ HOW = (
 )
 
 
+NO_CACHE = (
+    'pooling="official" lets the mean over everything that a forward is given decide, the answer '
+    "and the padding included, so it has no meaning while an answer is made, token by token over a "
+    "cache. It is for comparison: score whole texts with model(ids, use_cache=False); to generate, "
+    'import the routers with pooling="prompt"'
+)
+
+
 def pools_prompts(config: RoutingConfig) -> bool:
     """Whether some of the units let the whole prompt decide."""
     return config.pooling == "prompt" and any(is_sequence(g) for g in config.granularities)
 
 
+def pools_everything(config: RoutingConfig) -> bool:
+    """Whether some of the units let all that a forward is given decide, as the official code's."""
+    return config.pooling == "official" and any(is_sequence(g) for g in config.granularities)
+
+
 def asks_for_prompts(model: nn.Module) -> bool:
     """Whether forwards of a model need to know, as things stand, where prompts end."""
+    return _routers_decide(model) and pools_prompts(routing_of(model).config)
+
+
+def asks_for_everything(model: nn.Module) -> bool:
+    """Whether all that a forward is given would decide in it, as things stand."""
+    return _routers_decide(model) and pools_everything(routing_of(model).config)
+
+
+def _routers_decide(model: nn.Module) -> bool:
     routing, options = routing_of(model), options_for(decoder_of(model))
-    routed = routing.enabled and not options.dense and options.decider is None
-    return routed and pools_prompts(routing.config)
+    return routing.enabled and not options.dense and options.decider is None
 
 
 def refuse_windows(model: nn.Module, what: str) -> None:
@@ -79,7 +100,11 @@ def prompt_of(
     Raises:
         UnsupportedCallError: no boundary, or none that this forward can serve.
     """
-    if context.decider is not None or not pools_prompts(routing.config):
+    if context.decider is not None:
+        return None
+    if pools_everything(routing.config):
+        _check_one_text(position_ids, context)
+    if not pools_prompts(routing.config):
         return None
     if context.start:
         _check_remembered(context, routing)
@@ -136,7 +161,8 @@ def _check_one_text(position_ids: Tensor | None, context: ForwardContext) -> Non
         packed = bool((context.real_BT[:, 1:] & (position_BT[:, 1:] <= before_BT)).any())
     if packed:
         raise UnsupportedCallError(
-            'pooling="prompt" takes one text a row, but position_ids start again, as in rows of '
+            f'pooling="{context.config.pooling}" takes one text a row, but position_ids start '
+            "again, as in rows of "
             "packed texts; pad the texts instead of packing them (a data collator without "
             'flattening), or use pooling="prefix"'
         )

@@ -50,6 +50,21 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def export_table(result: Mapping[str, Any]) -> Table:
+    """The JSON of `export`: the loss dense, routed, and without the blocks."""
+    dense, exported = result["dense"]["loss"], result["exported"]
+    table = numbers(("what", "layers", "parameters", "loss", "over dense"), first="left")
+    for name, row, of in (
+        ("dense", result["dense"], result),
+        (f"routed, budget {result['budget']:g}", result["routed"], result),
+        ("exported", exported, exported),
+    ):
+        over = fixed(row["loss"] - dense, 4, sign=True)
+        cells = (str(of["layers"]), f"{of['parameters']:,}", fixed(row["loss"], 4))
+        table.add_row(name, *cells, "" if row is result["dense"] else over)
+    return table
+
+
 def speed_table(result: Mapping[str, Any]) -> Table:
     """The JSON of `bench`: times over dense, and the share of the possible saving."""
     variants = [v for v in SPEED if v in result["cells"][0]["prefill"]["over_dense"]]

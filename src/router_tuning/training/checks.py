@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from router_tuning.errors import ConfigError, TrainingError
 from router_tuning.execution.context import routers_of, routing_of
+from router_tuning.execution.prompts import pools_everything
 from router_tuning.training.arguments import REENTRANT, RouterTrainingArguments
 from router_tuning.training.safety import check_writable
 from router_tuning.units import decoder_layers, decoder_of
@@ -30,7 +31,11 @@ def check_arguments(args: Any) -> None:
 
 
 def check_model(model: nn.Module, args: RouterTrainingArguments) -> None:
-    routing_of(model)
+    if pools_everything(routing_of(model).config):
+        raise ConfigError(
+            'pooling="official" lets routers read the answer that they are to predict, and is for '
+            'comparison alone; train with pooling="prefix" or pooling="prompt"'
+        )
     if not isinstance(model, PeftModel) and args.save_strategy != "no":
         raise ConfigError(
             "a checkpoint of a model with attached routers would hold the whole base model; use "
