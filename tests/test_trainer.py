@@ -97,6 +97,7 @@ def trainer_of(
         "learning_rate": 1e-2,
         "anneal_fraction": 0.5,
         "threshold_range": 0.0,  # all rows alike, so that every loss can be worked out again
+        "lm_weight": 0.0,
     }
     given = {**defaults, "use_cpu": True, "disable_tqdm": True, **fields}
     args = RouterTrainingArguments(output_dir=str(folder), **given)

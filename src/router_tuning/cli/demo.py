@@ -27,7 +27,6 @@ RESULT = "demo.json"
 FIGURE = "demo.png"
 KV_SINK, KV_WINDOW = 4, 16
 """The first and the latest tokens stay visible: for so short a training it matters most."""
-BIAS_LEARNING_RATE = 0.1
 """So few steps would not reach the budget otherwise."""
 DISTILL_POSITIONS = 0.25
 """A part of each step goes into the output head, and this is how much of it is left."""
@@ -90,7 +89,6 @@ def demo(
         budget=budget,
         distill_positions=DISTILL_POSITIONS,
         steps=steps,
-        bias_learning_rate=BIAS_LEARNING_RATE,
         batch_size=batch_size,
         length=length,
         prompts=prompts,

@@ -80,7 +80,8 @@ def tune(
             "--budget",
             rich_help_panel=ROUTERS,
             metavar="B",
-            help="Kept fraction to train for, in (0, 1].",
+            help="Kept fraction to train for, in (0, 1]: the least that will be asked for. The "
+            "adapter serves larger ones no worse than one that was trained for them.",
         ),
     ] = 0.75,
     steps: Annotated[
@@ -200,8 +201,8 @@ def tune(
         typer.Option(
             "--lm-weight",
             rich_help_panel=TRAINING,
-            help="With --objective distill: add the cross entropy to the text, so many times. 0.1 "
-            "lowers the loss on text like --data's, and raises it a little elsewhere.",
+            help="With --objective distill: add the cross entropy to the text, so many times "
+            "(default: 0.1). 0 stays as close to the dense model as can be.",
         ),
     ] = None,
     answers_only: Annotated[

@@ -70,10 +70,11 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     lm_weight: float = field(
-        default=0.0,
+        default=0.1,
         metadata={
             "help": 'With objective "distill": add the cross entropy to the text itself, so many '
-            "times. More of it learns the text of training, its template included."
+            "times. More of it learns the text of training, its template included; 0 stays as "
+            "close to the dense model as can be."
         },
     )
     distill_positions: float = field(
@@ -84,14 +85,14 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     learning_rate: float = field(
-        default=2e-3,
+        default=5e-3,
         metadata={
             "help": "Learning rate of the routers' weights, for inputs that spread by 1: each "
             "router's is divided by the spread of its input."
         },
     )
     bias_learning_rate: float = field(
-        default=5e-2,
+        default=0.1,
         metadata={
             "help": "Learning rate of the routers' scalar biases, which set how much is kept."
         },
