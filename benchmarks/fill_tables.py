@@ -1,6 +1,7 @@
-"""Write the tables of README.md and docs/results.md from the JSON files in benchmarks/results.
+"""Write the tables of README.md and docs/results.md, and the figures in docs/figures, from the JSON
+files in benchmarks/results.
 
-They stand between two markers in each. No number there is typed: run
+Tables stand between two markers in each. No number there is typed: run
 `python benchmarks/fill_tables.py` after a result has changed, and `--check` to see whether they
 agree.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import quality_figure
 import quality_tables
 import speed_tables
 from places import RESULTS, ROOT
@@ -30,6 +32,9 @@ def main() -> int:
         return int(bool(stale))
     for path in stale:
         path.write_text(filled[path])
+    for model in MODELS:
+        figure = ROOT / f"docs/figures/quality-{model}.png"
+        quality_figure.draw(RESULTS / f"quality-{model}.json", figure)
     return 0
 
 
@@ -37,7 +42,9 @@ def readme() -> list[str]:
     """What a reader should see first: the demo, the newest recipes, speed, a training step."""
     parts = [speed_tables.demo(RESULTS / "demo-smollm2-135m.json", "")]
     for model in MODELS:
-        parts.append(quality_tables.newest(RESULTS / f"quality-{model}.json", ""))
+        name = f"quality-{model}"
+        parts.append(f"![{model}: loss against kept fraction](docs/figures/{name}.png)")
+        parts.append(quality_tables.newest(RESULTS / f"{name}.json", ""))
     parts += [speed_tables.speed(m, "") for m in MODELS if any(RESULTS.glob(f"bench-{m}-*.json"))]
     steps = [RESULTS / f"training-step-{model}.json" for model in MODELS]
     parts += [speed_tables.training_step(path, "") for path in steps if path.exists()]

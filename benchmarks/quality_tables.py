@@ -40,9 +40,14 @@ Curve = list[tuple[float, float]]
 def newest(path: Path, root: str) -> str:
     """A table for each text: the newest recipe of each setting, beside its controls."""
     document = read(path)
-    newest_of = {runs[0]["setting"]: runs for runs in _groups(document["runs"])}
-    groups = [newest_of[setting] for setting in NAMES if setting in newest_of]
+    found = newest_of(document["runs"])
+    groups = [found[setting] for setting in NAMES if setting in found]
     return _tables(path, root, document, groups)
+
+
+def newest_of(runs: list[Run]) -> dict[str, list[Run]]:
+    """The runs of each setting's newest recipe, one a seed."""
+    return {group[0]["setting"]: group for group in _groups(runs)}
 
 
 def everything(path: Path, root: str) -> str:
@@ -67,7 +72,7 @@ def granularities(model: str, root: str) -> str:
     ]
     for kind, document in found.items():
         for label, tuned_on, curves in _deciders(document, texts):
-            cells = [_cell([_at(curves[text], kept)]) for text in texts for kept in UNITS_KEPT]
+            cells = [_cell([at(curves[text], kept)]) for text in texts for kept in UNITS_KEPT]
             lines.append(f"| {kind} | {label} | {' | '.join(cells)} | {tuned_on} |")
     return "\n".join(lines)
 
@@ -85,7 +90,7 @@ def _table(
     path: Path, root: str, document: Run, groups: Sequence[list[Run]], text: str, measure: str
 ) -> str:
     run, base = document["run"], document["dense"][text]
-    statics = _statics(document, text, measure)
+    dropped = statics(document, text, measure)
     shares = " | ".join(f"of static's, {kept:.2f}" for kept in SHARES_AT)
     lines = [
         f"**{run['model']}, {text}, {MEASURES[measure]}** ({base['tokens']} tokens, dense loss "
@@ -96,21 +101,22 @@ def _table(
         "|---|" + "---|" * (len(KEPT) + len(SHARES_AT) + 2),
     ]
     for runs in groups:
-        curves = [_curve(one["routed"][text], base, measure) for one in runs]
-        cells = [*_cells(curves), *(_share(curves, statics, kept) for kept in SHARES_AT)]
+        curves = [curve(one["routed"][text], base, measure) for one in runs]
+        cells = [*_cells(curves), *(_share(curves, dropped, kept) for kept in SHARES_AT)]
         lines.append(
             f"| {_name(runs[0])} | {' | '.join(cells)} | {_tuned_on(runs[0])} | {len(curves)} |"
         )
-    for kind, curve in statics.items():
+    for kind, points in dropped.items():
         empty = " | -" * (len(SHARES_AT) + 2)
-        lines.append(f"| static, {kind} | {' | '.join(_cells([curve]))}{empty} |")
+        lines.append(f"| static, {kind} | {' | '.join(_cells([points]))}{empty} |")
     return "\n".join(lines)
 
 
-def _statics(document: Run, text: str, measure: str) -> dict[str, Curve]:
+def statics(document: Run, text: str, measure: str) -> dict[str, Curve]:
+    """The curves of the static controls on a text."""
     dropped = document.get("static", {}).get(text, {})
     base = document["dense"][text]
-    return {kind: _curve(dropped[kind], base, measure) for kind in STATICS if kind in dropped}
+    return {kind: curve(dropped[kind], base, measure) for kind in STATICS if kind in dropped}
 
 
 def _groups(runs: list[Run]) -> list[list[Run]]:
@@ -129,18 +135,18 @@ def _deciders(document: Run, texts: list[str]) -> list[tuple[str, str, dict[str,
     for setting in (name for name in NAMES if name not in ("kept", "learned_static")):
         runs = [r for r in document["runs"] if r["setting"] == setting]
         if runs:
-            curves = {text: _curve(runs[-1]["routed"][text], dense[text]) for text in texts}
+            curves = {text: curve(runs[-1]["routed"][text], dense[text]) for text in texts}
             found.append((_name(runs[-1]), _tuned_on(runs[-1]), curves))
-    statics = {text: _statics(document, text, "loss") for text in texts}
-    for kind in statics[texts[0]]:
-        found.append((f"static, {kind}", "-", {text: statics[text][kind] for text in texts}))
+    dropped = {text: statics(document, text, "loss") for text in texts}
+    for kind in dropped[texts[0]]:
+        found.append((f"static, {kind}", "-", {text: dropped[text][kind] for text in texts}))
     if "random" in document:
         # Chance keeps what it is told to, to a thousandth.
         rows = {
             text: [{**row, "kept_fraction": row["rate"]} for row in document["random"][text]]
             for text in texts
         }
-        found.append(("random", "-", {text: _curve(rows[text], dense[text]) for text in texts}))
+        found.append(("random", "-", {text: curve(rows[text], dense[text]) for text in texts}))
     return found
 
 
@@ -159,12 +165,13 @@ def _tuned_on(run: Run) -> str:
     return f"{tuning['steps']} x {tuning['batch_size']}, to {tuning['budget']:g}"
 
 
-def _curve(rows: list[dict[str, Any]], base: dict[str, Any], measure: str = "loss") -> Curve:
+def curve(rows: list[dict[str, Any]], base: dict[str, Any], measure: str = "loss") -> Curve:
+    """The curve of a sweep's rows."""
     return sorted([*((r["kept_fraction"], r[measure] - base[measure]) for r in rows), (1.0, 0.0)])
 
 
 def _cells(curves: list[Curve]) -> list[str]:
-    return [_cell([_at(curve, kept) for curve in curves]) for kept in KEPT]
+    return [_cell([at(curve, kept) for curve in curves]) for kept in KEPT]
 
 
 def _cell(values: list[float | None]) -> str:
@@ -176,16 +183,16 @@ def _cell(values: list[float | None]) -> str:
     return f"{statistics.mean(known):+.3f}{spread}"
 
 
-def _share(curves: list[Curve], statics: dict[str, Curve], kept: float) -> str:
+def _share(curves: list[Curve], dropped: dict[str, Curve], kept: float) -> str:
     """The mean's part of the better static control's extra loss; below nothing is nothing."""
-    routed = [v for curve in curves if (v := _at(curve, kept)) is not None]
-    dropped = [v for curve in statics.values() if (v := _at(curve, kept)) is not None]
-    if len(routed) < len(curves) or not dropped or min(dropped) <= 0:
+    routed = [v for curve in curves if (v := at(curve, kept)) is not None]
+    static = [v for curve in dropped.values() if (v := at(curve, kept)) is not None]
+    if len(routed) < len(curves) or not static or min(static) <= 0:
         return "-"
-    return f"{max(statistics.mean(routed), 0) / min(dropped):.0%}"
+    return f"{max(statistics.mean(routed), 0) / min(static):.0%}"
 
 
-def _at(curve: Curve, kept: float) -> float | None:
+def at(curve: Curve, kept: float) -> float | None:
     """The extra loss at exactly `kept`, between the two nearest points; None outside them."""
     for (k0, v0), (k1, v1) in pairwise(curve):
         if k0 <= kept <= k1:
