@@ -45,6 +45,10 @@ def readme() -> list[str]:
         name = f"quality-{model}"
         parts.append(f"![{model}: loss against kept fraction](docs/figures/{name}.png)")
         parts.append(quality_tables.newest(RESULTS / f"{name}.json", ""))
+    calibration, evaluation = (
+        RESULTS / f"{verb}-smollm2-135m-kept.json" for verb in ("calibrate", "eval-calibrated")
+    )
+    parts.append(quality_tables.calibrated(calibration, evaluation, ""))
     parts += [speed_tables.speed(m, "") for m in MODELS if any(RESULTS.glob(f"bench-{m}-*.json"))]
     steps = [RESULTS / f"training-step-{model}.json" for model in MODELS]
     parts += [speed_tables.training_step(path, "") for path in steps if path.exists()]

@@ -50,6 +50,23 @@ def newest_of(runs: list[Run]) -> dict[str, list[Run]]:
     return {group[0]["setting"]: group for group in _groups(runs)}
 
 
+def calibrated(calibration: Path, evaluation: Path, root: str) -> str:
+    """What budgets keep of the text they were calibrated on, and of fresh text of its kind."""
+    on_held_back = {entry["budget"]: entry for entry in read(calibration)["budgets"]}
+    fresh = {row["budget"]: row for row in read(evaluation)["routed"]}
+    lines = [
+        f"**Budgets on fresh text** ({link(calibration, root)}, {link(evaluation, root)}): the "
+        "kept fraction on the rows of calibration, and on others of the same kind:",
+        "",
+        f"| budget | {' | '.join(f'{budget:.2f}' for budget in fresh)} |",
+        "|---|" + "---|" * len(fresh),
+    ]
+    for name, found in (("calibrated on", on_held_back), ("fresh", fresh)):
+        cells = [f"{found[budget]['kept_fraction']:.3f}" for budget in fresh]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def everything(path: Path, root: str) -> str:
     """The same of every recipe that was run."""
     document = read(path)
