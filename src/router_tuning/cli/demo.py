@@ -27,7 +27,6 @@ RESULT = "demo.json"
 FIGURE = "demo.png"
 KV_SINK, KV_WINDOW = 4, 16
 """The first and the latest tokens stay visible: for so short a training it matters most."""
-"""So few steps would not reach the budget otherwise."""
 DISTILL_POSITIONS = 0.25
 """A part of each step goes into the output head, and this is how much of it is left."""
 PROMPT = "Give me three tips for learning a new language."
