@@ -43,10 +43,20 @@ from laws import (
 from router_tuning import identity
 from router_tuning.adapter_folder import load_adapter, save_adapter
 from router_tuning.attach import routing_of, set_budget
-from router_tuning.errors import AdapterError, BaseModelMismatchError, ConfigError
+from router_tuning.cost import cost
+from router_tuning.errors import (
+    AdapterError,
+    BaseModelMismatchError,
+    ConfigError,
+    UnsupportedModelError,
+)
 from router_tuning.execution.context import dense, routers_of
+from router_tuning.export import check_droppable
+from router_tuning.layer_cost import layer_costs
 from router_tuning.lora import RoutedLora, lora_layers, lora_parameters
 from router_tuning.peft_config import RouterTuningConfig
+from router_tuning.units import decoder_layers, decoder_of
+from router_tuning.weight_bytes import layer_weights
 from test_peft_tuner import CONFIG, WEIGHTS, logits, traces
 from tiny import tiny_model, token_ids
 
@@ -93,7 +103,7 @@ def stir(model: nn.Module, seed: int = 0) -> None:
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
 
 
-def adapted(base: PreTrainedModel, family: str = "llama", **fields: Any) -> PeftModel:
+def adapted(base: PreTrainedModel, family: str = "llama", /, **fields: Any) -> PeftModel:
     """A base with one adapter of random routers and random LoRA."""
     model = get_peft_model(base, RouterTuningConfig(**{"lora": lora_on(family), **fields}))
     stir(model)
@@ -237,8 +247,7 @@ CASES = [
 def routed(case: Case, lora: bool = True) -> Any:
     """A causal LM with an adapter of random routers, and random LoRA."""
     asked = lora_on(case.family) if lora else None
-    fields = {n: v for n, v in vars(case.config).items() if v is not None}
-    return adapted(bare_model(case.family), lora=asked, **fields).get_base_model()
+    return adapted(bare_model(case.family), lora=asked, **vars(case.config)).get_base_model()
 
 
 @pytest.mark.parametrize("phase", CHUNKS)
@@ -588,3 +597,42 @@ def test_routers_and_another_lora_are_saved_loaded_and_deleted(
     loaded.delete_adapter("default")
     only_lora = logits(other_lora(base_from(base_folder), "q_proj"))
     assert torch.equal(logits(again), only_lora)
+
+
+# What it costs
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token", "attn_token+mlp_token"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_counts_where_it_ran_and_not_in_the_dense_model(family: str, granularity: str) -> None:
+    case, given = Case(family, granularity, "kept", 5, 3), batch(padded=False)
+    model, without = routed(case), routed(case, lora=False)
+    with Counter(model) as counter:
+        trace = run(model, given).trace
+    same = run(without, given, decisions=trace.decisions()).trace
+    places = [place for place, rows in counter.rows.items() if ".lora_" in place[1] and rows]
+    ours, theirs = cost(model, trace), cost(without, same)
+    assert ours.flops - theirs.flops == sum(counter.flops[place] for place in places) > 0
+    assert ours.dense_flops == theirs.dense_flops
+    layers = decoder_layers(decoder_of(model))
+    read = [layers[i].get_submodule(name).weight.nbytes for i, name in places]  # type: ignore[union-attr]
+    assert ours.weight_bytes - theirs.weight_bytes == sum(read)
+    assert ours.dense_weight_bytes == theirs.dense_weight_bytes
+
+
+def test_lora_of_an_adapter_that_is_not_active_costs_nothing() -> None:
+    model = adapted(tiny_model(), lora={"target_modules": ["q_proj", "up_proj"]})
+    decoder = decoder_of(model)
+    before = layer_costs(decoder), [(w.query, w.mlp) for w in layer_weights(decoder)]
+    idle = {"target_modules": ["q_proj", "down_proj"], "r": 7}
+    model.add_adapter("idle", RouterTuningConfig(lora=idle))
+    assert (layer_costs(decoder), [(w.query, w.mlp) for w in layer_weights(decoder)]) == before
+    model.set_adapter("idle")
+    assert layer_costs(decoder) != before[0]
+    assert layer_costs(decoder, dense=True) == layer_costs(decoder_of(tiny_model()))
+
+
+def test_an_adapter_with_lora_is_not_exported() -> None:
+    model = adapted(tiny_model(), granularity="block_token")
+    with pytest.raises(UnsupportedModelError, match="LoRA of its own, which the checkpoint would"):
+        check_droppable(model, ["layers.1.block"])
