@@ -212,6 +212,17 @@ def test_all_linear_layers_and_no_router() -> None:
     assert len(lora_layers(model)) == 4 * 7
 
 
+def test_one_config_serves_two_models() -> None:
+    config = RouterTuningConfig(lora={})
+    for family, names in (("llama", ["q_proj", "v_proj"]), ("gpt2", ["c_attn"])):
+        get_peft_model(tiny_model(family), config)
+        assert config.lora == {"target_modules": names}
+    with pytest.raises(
+        ConfigError, match="PEFT knows no usual LoRA targets for model_type 'olmo2'"
+    ):
+        get_peft_model(tiny_model("olmo2"), config)
+
+
 def test_ranks_by_layer_reach_peft() -> None:
     lora = {"target_modules": ["q_proj"], "r": 2, "rank_pattern": {"1.self_attn.q_proj": 5}}
     model = get_peft_model(tiny_model(), RouterTuningConfig(lora=lora))

@@ -112,6 +112,8 @@ class RouterTuningConfig(RoutingConfig, PeftConfig):
             )
         if self.lora is not None:
             self.lora = plain_options(self.lora)
+        # What was left to PEFT is chosen on attaching, for each model anew.
+        self._targets_are_usual = self.lora is not None and not self.lora.get("target_modules")
         # A base known from a file is compared with the model; one known from attaching is replaced.
         self._base_is_given = self.base is not None
         self._loading_from: str | None = None

@@ -382,7 +382,7 @@ def _lora_targets(model: nn.Module, config: RouterTuningConfig) -> list[str]:
     lora = config.lora
     if lora is None:
         return []
-    if lora.get("target_modules") is None:
+    if config._targets_are_usual:
         lora["target_modules"] = _usual_targets(decoder_of(model))
     wanted = lora["target_modules"]
     linear = dict(_linear_layers(model))
