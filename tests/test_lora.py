@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,11 +169,32 @@ def test_targets_that_do_not_exist_are_refused_and_leave_the_model(target: Any, 
 def test_a_module_that_peft_has_no_lora_for_is_refused_and_leaves_the_model() -> None:
     base = tiny_model()
     base.model.layers[2].self_attn.q_proj = Odd()
-    base.requires_grad_(False)  # as PEFT leaves it, also where it fails
     before = traces(base)
     with pytest.raises(ConfigError, match=r"does not fit the model: Target module Odd"):
         get_peft_model(base, RouterTuningConfig(lora={"target_modules": ["q_proj"]}))
     assert traces(base) == before
+
+
+def test_a_family_that_fails_its_trial_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(decoder: nn.Module) -> None:
+        raise UnsupportedModelError("no")
+
+    monkeypatch.setattr(sys.modules["router_tuning.attach"], "try_out", fail)
+    base = tiny_model("starcoder2")
+    before = traces(base)
+    with pytest.raises(UnsupportedModelError, match="no"):
+        get_peft_model(base, RouterTuningConfig(lora={"target_modules": ["q_proj"]}))
+    assert traces(base) == before
+
+
+def test_a_family_found_by_its_structure_is_tried_with_lora() -> None:
+    lora = {"target_modules": ["q_proj", "c_fc"], "init_lora_weights": False}
+    base = tiny_model("starcoder2")
+    before = logits(base)
+    model = get_peft_model(base, RouterTuningConfig(lora=lora)).eval()
+    assert not torch.equal(logits(model), before)
+    with dense(model):
+        assert torch.equal(logits(model), before)
 
 
 class Odd(nn.Module):
@@ -305,7 +327,7 @@ def test_dense_and_disabled_are_the_base_model_to_the_bit(family: str) -> None:
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
     assert torch.equal(logits(model), changed)
-    assert all(p.requires_grad for p in lora_parameters(model))
+    assert len(lora_parameters(model)) == 2 * len(lora_layers(model))  # those that train
     routing_of(model).enabled = False
     assert torch.equal(logits(model), before)
 
@@ -318,6 +340,17 @@ def test_budget_one_keeps_lora_on() -> None:
     set_budget(model, 1.0)
     assert torch.equal(logits(model), logits(alone))
     assert not torch.equal(logits(model), logits(tiny_model()))
+
+
+def test_dropout_of_a_model_in_eval_mode_is_off() -> None:
+    base = tiny_model()
+    base.model.layers[1].train()
+    model = get_peft_model(base, RouterTuningConfig(lora=lora_on("llama", lora_dropout=0.5)))
+    modes = {m.training for layer in lora_layers(model) for m in layer.modules()}
+    assert modes == {False, True}
+    model.eval()
+    model.add_adapter("two", RouterTuningConfig(lora=lora_on("llama", lora_dropout=0.5)))
+    assert not any(m.training for layer in lora_layers(model) for m in layer.modules())
 
 
 def test_a_copy_is_dense_by_itself() -> None:

@@ -183,7 +183,6 @@ class RoutedLora(_Layer):  # type: ignore[misc]
                 f"and put routers without `lora` over its LoRA"
             )
         super().update_layer(adapter_name, *args, **kwargs)
-        super()._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -208,7 +207,7 @@ class RoutedLora(_Layer):  # type: ignore[misc]
 @functools.cache
 def _routed_class(kind: type) -> type:
     """A kind of PEFT's LoRA layers, with what these have to know."""
-    return type(f"Routed{kind.__name__}", (RoutedLora, kind), {})
+    return type(f"Routed{kind.__name__}", (RoutedLora, kind), {"__module__": __name__})
 
 
 def lora_layers(model: nn.Module) -> list[Any]:

@@ -160,8 +160,12 @@ class RouterTuningModel(BaseTuner):
             _check_no_lora(peft_config)
         before = _Before.of(model)
         # Said for every LoRA that is there too, which is what we support.
-        with silent("Already found a `peft_config` attribute"):
-            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        try:
+            with silent("Already found a `peft_config` attribute"):
+                super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except RouterTuningError:
+            before.restore(model)
+            raise
         self._before = before
 
     def inject_adapter(
@@ -190,8 +194,10 @@ class RouterTuningModel(BaseTuner):
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, None
             )
-        except RouterTuningError:  # of a trial of the paths, which runs LoRA too
+        except RouterTuningError:  # of a trial of the paths, which comes last
+            _drop_routers(model, adapter_name)
             drop_lora(model, adapter_name)
+            del self.peft_config[adapter_name]
             raise
 
     def _prepare_adapter_config(
