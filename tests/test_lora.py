@@ -10,6 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:You are trying to modify a model with PEFT for a second time",
     "ignore:Already found a `peft_config` attribute",
-    "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`",
 )
 
 TARGETS = {
@@ -330,6 +330,14 @@ def test_dense_and_disabled_are_the_base_model_to_the_bit(family: str) -> None:
     assert len(lora_parameters(model)) == 2 * len(lora_layers(model))  # those that train
     routing_of(model).enabled = False
     assert torch.equal(logits(model), before)
+
+
+def test_dense_in_one_thread_leaves_lora_on_in_another() -> None:
+    model = adapted(tiny_model())
+    changed = logits(model)
+    with ThreadPoolExecutor(1) as threads, dense(model):
+        assert torch.equal(threads.submit(logits, model).result(), changed)
+        assert torch.equal(logits(model), logits(tiny_model()))
 
 
 def test_budget_one_keeps_lora_on() -> None:

@@ -44,6 +44,8 @@ OPTIONS = (
 """What `lora` may say, under PEFT's names and with PEFT's meanings and defaults."""
 PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Of these, what says where LoRA goes."""
+LORA_WEIGHTS = ("lora_A", "lora_B")
+"""What a LoRA layer calls its weights, by adapter name."""
 INITIAL = (True, False, "gaussian")
 """How LoRA may start. PEFT's other ways change the base model's weights, or need data."""
 
@@ -189,7 +191,7 @@ class RoutedLora(_Layer):  # type: ignore[misc]
     ) -> None:
         # PEFT's own rounds what was just loaded (low_cpu_mem_usage) to the base layer's dtype.
         place = device or next(self.base_layer.parameters()).device
-        for parts in (self.lora_A, self.lora_B):
+        for parts in (getattr(self, name) for name in LORA_WEIGHTS):
             if adapter_name in parts and not any(p.is_meta for p in parts.parameters()):
                 parts[adapter_name].to(place)
 

@@ -26,13 +26,7 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -46,7 +40,14 @@ from router_tuning.embedded import name_of
 from router_tuning.errors import AdapterError, ConfigError, RouterTuningError
 from router_tuning.execution.context import Routing
 from router_tuning.identity import check_identity, identify
-from router_tuning.lora import RoutedLora, drop_lora, follow, lora_config, put_lora
+from router_tuning.lora import (
+    LORA_WEIGHTS,
+    RoutedLora,
+    drop_lora,
+    follow,
+    lora_config,
+    put_lora,
+)
 from router_tuning.peft_config import (
     METHOD,
     SAFETENSORS_WEIGHTS_NAME,
@@ -183,7 +184,8 @@ class RouterTuningModel(BaseTuner):
             targets = _lora_targets(model, config)
             _check_base(model, config)
             if config.lora is not None:
-                put_lora(model, adapter_name, config.lora, targets, low_cpu_mem_usage)
+                with silent("fan_in_fan_out is set to False"):  # of Conv1D, where PEFT mends it
+                    put_lora(model, adapter_name, config.lora, targets, low_cpu_mem_usage)
         except RouterTuningError:
             # Adapters of one model share the dict of configs, and PEFT has put this one in already.
             del self.peft_config[adapter_name]
@@ -539,8 +541,8 @@ def _check_weights(
     where = "the adapter" if place is None else os.path.join(place, SAFETENSORS_WEIGHTS_NAME)
     what_to_do = "The config and the weights are not of one adapter; save or copy both again."
     there = model.state_dict()
-    own = _get_tuner_state_dict_key_prefixes(model, adapter_name)
-    wanted = list(_filter_state_dict_by_key_prefixes(there, own))
+    parts = tuple(f".{part}.{adapter_name}." for part in (ROUTERS, *LORA_WEIGHTS))
+    wanted = [key for key in there if any(part in key for part in parts)]
     missing = [key for key in wanted if key not in loaded]
     if missing:
         raise AdapterError(

@@ -462,7 +462,8 @@ def _show_result(result: dict[str, Any], out: Path) -> None:
     from router_tuning.report.tables import budget_table
 
     stdout().print(budget_table(result["budgets"]))
+    lora = f", {result['lora_parameters']} of LoRA" if result["lora_parameters"] else ""
     show(
-        f"{result['router_parameters']} router parameters, {result['train_tokens']} training "
+        f"{result['router_parameters']} router parameters{lora}, {result['train_tokens']} training "
         f"tokens. Adapter: {out}"
     )
