@@ -268,7 +268,7 @@ def test_options_reach_the_adapter(home: Path, tmp_path: Path) -> None:
 
 def test_tune_trains_lora_in_the_same_adapter(home: Path, tmp_path: Path) -> None:
     options = ["--lora-r", "2", "--lora-target", "q_proj,down_proj", "--lora-learning-rate", "0.01"]
-    said = run("tune", *data_options(home, tmp_path), *options).said
+    said = run("tune", *data_options(home, tmp_path), *options).out
     assert "132 router parameters, 1152 of LoRA" in " ".join(said.split())
     lora = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}
     assert config_of(tmp_path)["lora"] == lora
