@@ -161,12 +161,12 @@ class RoutedLora(_Layer):  # type: ignore[misc]
             return self.base_layer(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
-    def follow(self, names: list[str], inference_mode: bool) -> None:
+    def activate(self, names: list[str], inference_mode: bool) -> None:
         """Make LoRA of these adapters active, and trainable unless inference_mode."""
         super().set_adapter(names, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Do nothing: another LoRA on the same model calls this for itself. See follow."""
+        """Do nothing: another LoRA on the same model calls this for itself. See activate."""
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch LoRA on or off; what can be trained stays as it was."""
@@ -286,10 +286,10 @@ def _without_its_configs(model: nn.Module) -> Iterator[None]:
             model.__dict__["peft_config"] = before
 
 
-def follow(model: nn.Module, names: list[str], inference_mode: bool) -> None:
+def activate_lora(model: nn.Module, names: list[str], inference_mode: bool) -> None:
     """Make the LoRA of these adapters active in the whole model, and no other's of ours."""
     for layer in lora_layers(model):
-        layer.follow(names, inference_mode)
+        layer.activate(names, inference_mode)
 
 
 def drop_lora(model: nn.Module, adapter_name: str) -> None:
@@ -299,7 +299,7 @@ def drop_lora(model: nn.Module, adapter_name: str) -> None:
             if not isinstance(layer, RoutedLora) or adapter_name not in layer.lora_A:
                 continue
             if adapter_name in layer.active_adapters:
-                layer.follow([], True)  # else PEFT chooses another one, and warns
+                layer.activate([], True)  # else PEFT chooses another one, and warns
             layer.delete_adapter(adapter_name)
             if not layer.lora_A:
                 setattr(parent, name, layer.base_layer)

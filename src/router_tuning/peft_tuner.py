@@ -43,8 +43,8 @@ from router_tuning.identity import check_identity, identify
 from router_tuning.lora import (
     LORA_WEIGHTS,
     RoutedLora,
+    activate_lora,
     drop_lora,
-    follow,
     lora_config,
     put_lora,
 )
@@ -239,7 +239,7 @@ class RouterTuningModel(BaseTuner):
             raise ConfigError(f"one adapter can route at a time, got {', '.join(names)}")
         config = _own(self.peft_config[names[0]]) if names else None
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        follow(self.model, names, inference_mode)
+        activate_lora(self.model, names, inference_mode)
         _follow(self.model, config)
 
     def delete_adapter(self, adapter_name: str) -> None:
