@@ -436,8 +436,16 @@ def test_saved_equals_loaded(
     trained = {n for n, p in loaded.named_parameters() if p.requires_grad}
     names = {n for n, _ in loaded.named_parameters() if ".lora_" in n or ".keep_logits." in n}
     assert trained == (names if loader.endswith("trainable") else set())
+    assert len(lora_parameters(loaded)) == len([n for n in trained if ".lora_" in n])
     with dense(loaded):
         assert torch.equal(logits(loaded), logits(base_from(base_folder, dtype=dtype)))
+
+
+def test_lora_moves_to_the_device_of_its_layer() -> None:
+    layer, *_ = lora_layers(adapted(tiny_model()))
+    layer.base_layer.to("meta")  # the only other device without a GPU
+    layer._move_adapter_to_device_of_base_layer("default")
+    assert all(p.is_meta for p in layer.parameters())
 
 
 def test_one_file_holds_both_and_the_card_says_so(base_folder: Path, tmp_path: Path) -> None:
