@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 from typer.testing import CliRunner
@@ -265,6 +266,20 @@ def test_options_reach_the_adapter(home: Path, tmp_path: Path) -> None:
     assert (config["router"], config["router_hidden"]) == ("bottleneck", 4)
 
 
+def test_tune_trains_lora_in_the_same_adapter(home: Path, tmp_path: Path) -> None:
+    options = ["--lora-r", "2", "--lora-target", "q_proj,down_proj", "--lora-learning-rate", "0.01"]
+    said = run("tune", *data_options(home, tmp_path), *options).out
+    assert "132 router parameters, 1152 of LoRA" in " ".join(said.split())
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}
+    assert config_of(tmp_path)["lora"] == lora
+    record = read(tmp_path / RECORD)
+    assert record["lora_parameters"] == 4 * 2 * (32 + 32 + 48 + 32)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    moved = [weight.abs().max() for name, weight in weights.items() if "lora_B" in name]
+    assert len(moved) == 8
+    assert min(moved) > 1e-3
+
+
 def test_budgets_that_cannot_be_met_are_skipped(home: Path, tmp_path: Path) -> None:
     options = [*data_options(home, tmp_path), "--layers", "0,1", "--budgets", "0.9,0.6,0.5,0.4"]
     said = run("tune", *options)
@@ -323,6 +338,9 @@ def test_sequence_prefixes_run_in_any_case(home: Path, tmp_path: Path) -> None:
         (["--dtype", "int8"], "dtype must be one of"),
         (["--steps", "0"], "--steps"),
         (["--resume", "--overwrite"], "give one of them"),
+        (["--lora-r", "0"], "--lora-r"),
+        (["--lora-alpha", "4"], "--lora-alpha is of LoRA, which --lora-r asks for"),
+        (["--lora-r", "2", "--lora-target", "qkv"], "'qkv' names no linear layer"),
     ],
 )
 def test_bad_options_of_tune(home: Path, tmp_path: Path, options: list[str], words: str) -> None:

@@ -26,7 +26,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"execution", "cost", "expected", "layer_cost", "weight_bytes", "memory"}),
     frozenset({"attach"}),
     frozenset({"data"}),
-    frozenset({"peft_config", "card", "baselines"}),
+    frozenset({"peft_config", "lora", "card", "baselines"}),
     frozenset({"peft_tuner"}),
     frozenset({"adapter_folder"}),
     frozenset({"training", "calibration", "evaluation", "bench", "export", "official"}),

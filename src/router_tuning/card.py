@@ -57,7 +57,8 @@ def card_text(config: RoutingConfig, base_model: str | None) -> str:
         f"# Routers for {_shown(base_model)}",
         f"This adapter adds small routers beside the {_unit_words(config)} of "
         f"{_shown(base_model)}. They decide what runs and what is skipped while the model runs; "
-        "what is skipped is not computed. The base model's weights are unchanged.",
+        f"what is skipped is not computed. {_lora_words(config)}"
+        "The base model's weights are unchanged.",
         "## What is routed",
         _table(("setting", "value"), _settings(config)),
         "## Budgets",
@@ -66,7 +67,7 @@ def card_text(config: RoutingConfig, base_model: str | None) -> str:
         "## How to load it",
         _loading(config),
         "## License",
-        "The files here hold the routers and none of the base model's weights. "
+        f"The files here hold the routers{_and_lora(config)} and none of the base model's weights. "
         "The base model's own license applies to the base model and to what it is used for.",
         END,
     ]
@@ -121,6 +122,7 @@ def _settings(config: RoutingConfig) -> list[tuple[str, str]]:
         ("layers", "all" if config.layers is None else ", ".join(map(str, config.layers))),
         ("keys and values of skipped tokens", _kv(config)),
         ("router", _router(config)),
+        *_lora_rows(config),
         ("trained for a kept fraction of", f"{config.budget:g}"),
     ]
     if any(g.endswith("_sequence") for g in config.granularities):
@@ -129,6 +131,36 @@ def _settings(config: RoutingConfig) -> list[tuple[str, str]]:
         future = ("a sequence decides by", "all of it, the answer too: for comparison alone")
         rows.insert(1, {"prompt": whole, "official": future}.get(config.pooling, after))
     return rows
+
+
+def _lora(config: RoutingConfig) -> dict[str, Any] | None:
+    """The options of LoRA in the same adapter; None without, as in a config of no adapter."""
+    lora: dict[str, Any] | None = getattr(config, "lora", None)
+    return lora
+
+
+def _lora_words(config: RoutingConfig) -> str:
+    if _lora(config) is None:
+        return ""
+    return (
+        "It has LoRA in it too, in the same files, which was trained with the routers and is on "
+        "whenever they are, at a budget of 1 too. "
+    )
+
+
+def _and_lora(config: RoutingConfig) -> str:
+    return "" if _lora(config) is None else " and the LoRA,"
+
+
+def _lora_rows(config: RoutingConfig) -> list[tuple[str, str]]:
+    lora = _lora(config)
+    if lora is None:
+        return []
+    names = lora.get("target_modules")
+    shown = ", ".join(f"`{n}`" for n in ([names] if isinstance(names, str) else names or []))
+    # Where the options are silent, PEFT's default of both is 8.
+    size = f"rank {lora.get('r', 8)}, alpha {lora.get('lora_alpha', 8):g}"
+    return [("LoRA", f"{size}, on {shown}" if shown else size)]
 
 
 def _kv(config: RoutingConfig) -> str:

@@ -4,7 +4,9 @@ A multiply and an add are two FLOPs. Counted are the linear layers, the routers,
 scores and weighted sums (over the visible pairs of query and key only) and the output head; norms,
 rotations and activations are left out, in the routed and the dense model alike. Of experts, those
 are counted that a token goes through. Where a cache holds keys in a short form (latent attention),
-making the long one counts for each key left in the cache and each new one, in each forward.
+making the long one counts for each key left in the cache and each new one, in each forward. LoRA of
+the routers' adapter counts in the routed model alone: the dense model has none. LoRA of another
+adapter counts in both.
 
 Not counted is what only fills: pads that the dense call itself computes; where rows hold different
 numbers of keys, the ends of the shorter rows; of a window of latent keys, the places of tokens that
@@ -96,21 +98,27 @@ def cost(model: nn.Module, trace: Trace) -> Cost:
     tokens = sum(int(f.real_BT.sum()) for f in trace.forwards)
     fixed, weights = tokens * _head_flops(model), weight_bytes(model, trace)
     total = Cost(fixed, fixed, 0, 0, weights.read, weights.dense, tokens)
-    prices = layer_costs(decoder)
+    prices, dense_prices = layer_costs(decoder), layer_costs(decoder, dense=True)
     for index, layer in enumerate(decoder_layers(decoder)):
         units = {kind: f"layers.{index}.{kind}" for kind in KINDS}
         routed = {kind: name for kind, name in units.items() if name in trace.unit_names}
         attending = routed.get("attn", routed.get("block"))
-        total += _token_cost(layer, prices[index], routed, trace, tokens)
+        price, dense_price = prices[index], dense_prices[index]
+        total += _token_cost(layer, price, dense_price, routed, trace, tokens)
         attention = attention_of(decoder, layer)
         sliding = None if attention is None else sliding_window_of(attention)
         for episode in _episodes(trace.forwards):
-            total += _key_cost(prices[index], sliding, episode, attending, config)
+            total += _key_cost(price, dense_price, sliding, episode, attending, config)
     return total
 
 
 def _token_cost(
-    layer: nn.Module, price: LayerCost, routed: dict[str, str], trace: Trace, tokens: int
+    layer: nn.Module,
+    price: LayerCost,
+    dense_price: LayerCost,
+    routed: dict[str, str],
+    trace: Trace,
+    tokens: int,
 ) -> Cost:
     """What linear layers cost, but those that run on keys; and the routers."""
 
@@ -130,7 +138,7 @@ def _token_cost(
     routers = tokens * sum(_router_flops(layer, kind) for kind in routed)
     return Cost(
         query + key + early + beside - skipped_mlps + routers,
-        tokens * (price.query + price.key + price.mlp + price.rest),
+        tokens * (dense_price.query + dense_price.key + dense_price.mlp + dense_price.rest),
         0,
         0,
     )
@@ -138,6 +146,7 @@ def _token_cost(
 
 def _key_cost(
     price: LayerCost,
+    dense_price: LayerCost,
     sliding: int | None,
     episode: list[ForwardRecord],
     name: str | None,
@@ -157,7 +166,7 @@ def _key_cost(
             dense_expanded += _expanded(stretch, real_BC, real_BC, dense_seen_BC)
     return Cost(
         pairs * price.pair + expanded * price.expand,
-        dense_pairs * price.pair + dense_expanded * price.expand,
+        dense_pairs * price.pair + dense_expanded * dense_price.expand,
         price.key_bytes
         * columns.held(columns.permanent_BC, config.kv_window if name else 0, sliding),
         price.key_bytes * columns.held(columns.real_BC, 0, sliding),

@@ -36,7 +36,7 @@ from router_tuning.errors import (
     RouterTuningError,
     UnsupportedModelError,
 )
-from router_tuning.execution.context import decided_by, routing_of
+from router_tuning.execution.context import decided_by, left_out_when_dense, routing_of
 from router_tuning.units import (
     KINDS,
     decoder_layers,
@@ -144,6 +144,12 @@ def check_droppable(model: nn.Module, dropped: Collection[str]) -> None:
         raise ConfigError(
             f"all {len(gone)} blocks would be left out, and nothing would be left; give a smaller "
             "--drop-below, or a larger --budget"
+        )
+    if any(left_out_when_dense(module) for module in causal.modules()):
+        raise UnsupportedModelError(
+            "the adapter has LoRA of its own, which the checkpoint would lack: it holds the base "
+            "model's weights as they are. Tune an adapter without LoRA, on a model into which LoRA "
+            "was merged (merge_and_unload) if there is to be one"
         )
     for name, tensor in _base_state(causal).items():
         if ".base_layer." in name:

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from router_tuning.errors import UnsupportedModelError
+from router_tuning.execution.context import left_out_when_dense
 from router_tuning.units import (
     CACHES,
     KINDS,
@@ -76,8 +77,9 @@ class Watched:
     handed: bool = False
 
 
-def layer_costs(decoder: nn.Module) -> list[LayerCost]:
-    """The costs of each decoder layer, in order.
+def layer_costs(decoder: nn.Module, *, dense: bool = False) -> list[LayerCost]:
+    """The costs of each decoder layer, in order; with `dense`, without LoRA of the routers'
+    adapter, which is off in a dense forward. Any other LoRA counts in both.
 
     Raises:
         UnsupportedModelError: a copy of the decoder without weights does not run, or it is not
@@ -85,18 +87,18 @@ def layer_costs(decoder: nn.Module) -> list[LayerCost]:
     """
     watched = watch(decoder)
     return [
-        _layer_cost(decoder, layer, seen)
+        _layer_cost(decoder, layer, seen, dense)
         for layer, seen in zip(decoder_layers(decoder), watched, strict=True)
     ]
 
 
-def _layer_cost(decoder: nn.Module, layer: nn.Module, seen: Watched) -> LayerCost:
+def _layer_cost(decoder: nn.Module, layer: nn.Module, seen: Watched, dense: bool) -> LayerCost:
     family, config = family_of(decoder), decoder.config
     attention, mlp = (family.modules[kind] for kind in ("attn", "mlp"))
     inside = f"{attention}."
 
     def flops(names: list[str]) -> int:
-        return sum(linear_flops(layer.get_submodule(name), config) for name in names)
+        return sum(linear_flops(layer.get_submodule(name), config, dense=dense) for name in names)
 
     total = flops([name for name, _ in layer.named_children() if name not in _routers()])
     of_mlp = flops([mlp] if hasattr(layer, mlp) else [])
@@ -120,17 +122,29 @@ def _routers() -> tuple[str, ...]:
     return tuple(router_child(kind) for kind in KINDS)
 
 
-def linear_flops(module: nn.Module, config: Any) -> int:
+def linear_flops(module: nn.Module, config: Any, *, dense: bool = False) -> int:
     """FLOPs a token of all linear layers in a module. Of experts, those that a token goes
-    through.
+    through; `dense` as in layer_costs.
     """
+    if left_out_when_dense(module):
+        parts = [module.get_submodule("base_layer"), *([] if dense else active_parts(module))]
+        return sum(linear_flops(part, config, dense=dense) for part in parts)
     inner = 0
     for name, child in module.named_children():
-        flops = linear_flops(child, config)
+        flops = linear_flops(child, config, dense=dense)
         if isinstance(child, nn.ModuleList) and "experts" in name and flops:
             flops = flops * experts_of_a_token(module, config) // len(child)
         inner += flops
     return inner + _own_flops(module, config, leaf=not inner)
+
+
+def active_parts(layer: Any) -> list[nn.Module]:
+    """What an adapter's layer (left_out_when_dense) runs beside the base model's, of the adapters
+    that are active.
+    """
+    by_adapter = [child for child in layer.children() if isinstance(child, nn.ModuleDict)]
+    active: list[str] = layer.active_adapters
+    return [parts[name] for parts in by_adapter for name in active if name in parts]
 
 
 def _own_flops(module: nn.Module, config: Any, leaf: bool) -> int:

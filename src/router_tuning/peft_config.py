@@ -27,6 +27,7 @@ from router_tuning.card import write_card
 from router_tuning.config import RoutingConfig
 from router_tuning.embedded import ALIASES, models_folder, name_of, resolve
 from router_tuning.errors import AdapterError, ConfigError, RouterTuningError
+from router_tuning.lora import plain_options
 
 METHOD = "router_tuning"
 CONFIG_NAME = "adapter_config.json"
@@ -92,7 +93,13 @@ class RouterTuningConfig(RoutingConfig, PeftConfig):
     """Names of modules that are not routed, in the same form. Both become `layers` on attaching."""
 
     modules_to_save: list[str] | None = None
-    """PEFT's list of base modules to train too. Must stay None: only routers train."""
+    """PEFT's list of base modules to train too. Must stay None: only routers, and LoRA, train."""
+
+    lora: dict[str, Any] | None = None
+    """LoRA in the same adapter: options of PEFT's LoraConfig, such as {"r": 8, "lora_alpha": 16,
+    "target_modules": ["q_proj", "v_proj"]} (lora.py lists them; a LoraConfig does too). An empty
+    dict is PEFT's defaults, None no LoRA.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -103,6 +110,10 @@ class RouterTuningConfig(RoutingConfig, PeftConfig):
                 f"modules_to_save must be None, since only routers train and the base model stays "
                 f"as it is; got {self.modules_to_save!r}"
             )
+        if self.lora is not None:
+            self.lora = plain_options(self.lora)
+        # What was left to PEFT is chosen on attaching, for each model anew.
+        self._targets_are_usual = self.lora is not None and not self.lora.get("target_modules")
         # A base known from a file is compared with the model; one known from attaching is replaced.
         self._base_is_given = self.base is not None
         self._loading_from: str | None = None

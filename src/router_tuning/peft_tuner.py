@@ -1,9 +1,10 @@
 """Routers as a PEFT adapter on a model: `get_peft_model(model, RouterTuningConfig(...))`.
 
 A `RouterLayer` (one router for each adapter) sits beside each routed unit, as a child of the
-decoder layer; the engine (attach.py) calls it. Nothing is wrapped, so the base model's weights keep
-their names and `unload()` gives back the very same model. What does not fit the model (another
-base, no unit to route, other weights than the routers') is refused, and leaves it as it was.
+decoder layer; the engine (attach.py) calls it. It wraps nothing, so the base model's weights keep
+their names; where the adapter has LoRA (lora.py), PEFT's LoRA layers wrap what they are put on.
+`unload()` gives back the very same model. What does not fit the model (another base, no unit to
+route, other weights than the adapter's) is refused, and leaves it as it was.
 
 Importing this module registers the adapter type with PEFT. It is the only file that imports from
 inside PEFT. Knows modules, and weights once they are read; opens no file: reading a config is in
@@ -25,15 +26,28 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import register_peft_method
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    register_peft_method,
+)
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from router_tuning.attach import install, routing_of, uninstall
 from router_tuning.embedded import name_of
 from router_tuning.errors import AdapterError, ConfigError, RouterTuningError
 from router_tuning.execution.context import Routing
 from router_tuning.identity import check_identity, identify
+from router_tuning.lora import (
+    LORA_WEIGHTS,
+    RoutedLora,
+    activate_lora,
+    drop_lora,
+    lora_config,
+    put_lora,
+)
 from router_tuning.peft_config import (
     METHOD,
     SAFETENSORS_WEIGHTS_NAME,
@@ -143,10 +157,16 @@ class RouterTuningModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         _check_name(model, adapter_name)
+        if isinstance(peft_config, RouterTuningConfig):
+            _check_no_lora(peft_config)
         before = _Before.of(model)
         # Said for every LoRA that is there too, which is what we support.
-        with silent("Already found a `peft_config` attribute"):
-            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        try:
+            with silent("Already found a `peft_config` attribute"):
+                super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except RouterTuningError:
+            before.restore(model)
+            raise
         self._before = before
 
     def inject_adapter(
@@ -161,14 +181,26 @@ class RouterTuningModel(BaseTuner):
         config = _own(self.peft_config[adapter_name])
         try:
             self._units = _checked_units(model, config)
+            targets = _lora_targets(model, config)
             _check_base(model, config)
+            if config.lora is not None:
+                with silent("fan_in_fan_out is set to False"):  # of Conv1D, where PEFT mends it
+                    put_lora(model, adapter_name, config.lora, targets, low_cpu_mem_usage)
         except RouterTuningError:
             # Adapters of one model share the dict of configs, and PEFT has put this one in already.
             del self.peft_config[adapter_name]
             raise
         config._is_attached = True
-        # Where routers go stands in the config; PEFT would read it off the names in the state dict.
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, None)
+        try:
+            # Where routers go stands in the config; PEFT would read it off the names of weights.
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, None
+            )
+        except RouterTuningError:  # of a trial of the paths, which comes last
+            _drop_routers(model, adapter_name)
+            drop_lora(model, adapter_name)
+            del self.peft_config[adapter_name]
+            raise
 
     def _prepare_adapter_config(
         self, peft_config: PeftConfig, model_config: dict[str, Any]
@@ -201,12 +233,13 @@ class RouterTuningModel(BaseTuner):
         layer.add_router(adapter_name, router, next(decoder_layer.parameters()).device)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one: its routers, and its settings."""
+        """Make an adapter the active one: its routers, its LoRA, and its settings."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if len(names) > 1:
             raise ConfigError(f"one adapter can route at a time, got {', '.join(names)}")
         config = _own(self.peft_config[names[0]]) if names else None
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        activate_lora(self.model, names, inference_mode)
         _follow(self.model, config)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -214,6 +247,7 @@ class RouterTuningModel(BaseTuner):
         if not isinstance(self.peft_config.get(adapter_name), RouterTuningConfig):
             raise ValueError(f"Adapter {adapter_name} does not exist")
         _drop_routers(self.model, adapter_name)
+        drop_lora(self.model, adapter_name)
         del self.peft_config[adapter_name]
         if adapter_name in self.active_adapters:
             left = self._own_adapters()[:1]
@@ -241,6 +275,7 @@ class RouterTuningModel(BaseTuner):
             self._check_merge_allowed()
         for name in self._own_adapters():
             _drop_routers(self.model, name)
+            drop_lora(self.model, name)
             del self.peft_config[name]
         self.set_adapter([])
         if not self.peft_config:  # else a LoRA lives on the same model
@@ -251,7 +286,9 @@ class RouterTuningModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT's own expects the adapter's name right before the parameter's; ours stands higher.
-        return key.replace(f".{ROUTERS}.{adapter_name}.", f".{ROUTERS}.", 1)
+        if f".{ROUTERS}.{adapter_name}." in key:
+            return key.replace(f".{ROUTERS}.{adapter_name}.", f".{ROUTERS}.", 1)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -289,6 +326,20 @@ def _check_name(model: nn.Module, adapter_name: str) -> None:
             f"{other.peft_type.value}; take that off with unload(), or give another name: "
             f'get_peft_model(model, config, adapter_name="routers")'
         )
+
+
+def _check_no_lora(config: RouterTuningConfig) -> None:
+    """Refuse LoRA where no PeftModel is made: transformers' own loader would give its weights the
+    wrong names, and leave them at random with no more than a line in the log.
+    """
+    if config.lora is None:
+        return
+    folder = repr(config._loading_from or "folder")
+    raise AdapterError(
+        f"an adapter with LoRA in it needs a PEFT model, which transformers' own loader and "
+        f"inject_adapter_in_model do not make; use router_tuning.load_adapter({folder}, model) or "
+        f"PeftModel.from_pretrained(model, {folder}); for a new one, get_peft_model(model, config)"
+    )
 
 
 def _checked_units(model: nn.Module, config: RouterTuningConfig) -> dict[str, Unit]:
@@ -330,6 +381,78 @@ def _checked_units(model: nn.Module, config: RouterTuningConfig) -> dict[str, Un
         )
     config.target_modules = config.exclude_modules = None
     return chosen
+
+
+def _lora_targets(model: nn.Module, config: RouterTuningConfig) -> list[str]:
+    """The full names of the modules that the adapter's LoRA goes to; none without LoRA. Where it
+    was left to PEFT, the config then says which.
+    """
+    lora = config.lora
+    if lora is None:
+        return []
+    if config._targets_are_usual:
+        lora["target_modules"] = _usual_targets(decoder_of(model))
+    wanted = lora["target_modules"]
+    linear = dict(_linear_layers(model))
+    inside = _inside_layers(model, linear)
+    everything = wanted == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    asked = lora_config(lora, sorted(inside) if everything else wanted)
+    found = [name for name in linear if check_target_module_exists(asked, name)]
+    outside = [name for name in found if name not in inside]
+    endings = sorted({name.rpartition(".")[2] for name in inside})
+    if outside:
+        raise ConfigError(
+            f"lora target_modules={wanted!r} reaches {outside[0]}, but LoRA beside routers goes to "
+            f"linear layers inside the decoder layers only; there are {', '.join(endings)}"
+        )
+    each = [] if isinstance(wanted, str) else wanted
+    idle = [one for one in each if not any(_matches(name, [one]) for name in inside)]
+    if idle or not found:
+        raise ConfigError(
+            f"lora target_modules={wanted!r}: {repr(idle[0]) if idle else 'it'} names no linear "
+            f"layer of the decoder layers that LoRA could go to; there are {', '.join(endings)}"
+        )
+    taken = [name for name in found if _is_of_others(linear[name])]
+    if taken:
+        raise ConfigError(
+            f"{taken[0]} has the LoRA of another adapter already; leave `lora` out to train "
+            f"routers over it, merge it first (merge_and_unload), or name other target_modules"
+        )
+    return found
+
+
+def _usual_targets(decoder: nn.Module) -> list[str] | str:
+    """PEFT's choice for a family."""
+    kind = str(decoder.config.model_type)  # type: ignore[union-attr]
+    usual: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    if usual is None:
+        raise ConfigError(
+            f"PEFT knows no usual LoRA targets for model_type {kind!r}; name them: "
+            f"lora={{'target_modules': [...]}}"
+        )
+    return usual if isinstance(usual, str) else sorted(usual)
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What LoRA can go to, or is on: linear layers of any make, but none inside an adapter."""
+    within: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in within):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            within.append(f"{name}.")
+        sized = hasattr(module, "in_features") and hasattr(module, "out_features")
+        if sized or isinstance(module, Conv1D):
+            yield name, module
+
+
+def _inside_layers(model: nn.Module, linear: dict[str, nn.Module]) -> set[str]:
+    within = {id(m) for layer in decoder_layers(decoder_of(model)) for m in layer.modules()}
+    return {name for name, module in linear.items() if id(module) in within}
+
+
+def _is_of_others(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, RoutedLora)
 
 
 def _matches(name: str, patterns: list[str] | str) -> bool:
@@ -414,22 +537,23 @@ class _Before:
 def _check_weights(
     model: nn.Module, adapter_name: str, loaded: dict[str, Tensor], place: str | None
 ) -> None:
-    """The weights must be exactly those of the adapter's routers."""
+    """The weights must be exactly those of the adapter: of its routers, and of its LoRA."""
     where = "the adapter" if place is None else os.path.join(place, SAFETENSORS_WEIGHTS_NAME)
     what_to_do = "The config and the weights are not of one adapter; save or copy both again."
     there = model.state_dict()
-    wanted = [key for key in there if f".{ROUTERS}.{adapter_name}." in key]
+    parts = tuple(f".{part}.{adapter_name}." for part in (ROUTERS, *LORA_WEIGHTS))
+    wanted = [key for key in there if any(part in key for part in parts)]
     missing = [key for key in wanted if key not in loaded]
     if missing:
         raise AdapterError(
-            f"{where} lacks {len(missing)} of the {len(wanted)} router weights that its config "
+            f"{where} lacks {len(missing)} of the {len(wanted)} weights that its config "
             f"asks for; the first is {missing[0]}. {what_to_do}"
         )
     unknown = [key for key in loaded if key not in there]
     if unknown:
         raise AdapterError(
-            f"{where} has {len(unknown)} weights that no router of its config has; the first is "
-            f"{unknown[0]}. {what_to_do}"
+            f"{where} has {len(unknown)} weights that no router and no LoRA of its config has; "
+            f"the first is {unknown[0]}. {what_to_do}"
         )
     for key in wanted:
         if loaded[key].shape != there[key].shape:

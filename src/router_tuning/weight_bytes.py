@@ -14,7 +14,14 @@ from typing import Any
 
 from torch import nn
 
-from router_tuning.layer_cost import KEY_PARTS, Watched, experts_of_a_token, watch
+from router_tuning.execution.context import left_out_when_dense
+from router_tuning.layer_cost import (
+    KEY_PARTS,
+    Watched,
+    active_parts,
+    experts_of_a_token,
+    watch,
+)
 from router_tuning.record import ForwardRecord, Trace
 from router_tuning.units import (
     KINDS,
@@ -69,8 +76,14 @@ class LayerWeights:
     rest: Part
     routers: dict[str, Part]
 
-    def read(self, forward: ForwardRecord, units: dict[str, str]) -> tuple[int, int]:
-        """Bytes that a forward reads, routed and dense; `units` names the routed ones."""
+    def whole(self, forward: ForwardRecord) -> int:
+        """Bytes that a forward reads where nothing is skipped, without the routers'."""
+        tokens = int(forward.real_BT.sum())
+        parts = (self.key, self.query, self.mlp, self.norm, self.rest)
+        return sum(part.read(tokens) for part in parts)
+
+    def read(self, forward: ForwardRecord, units: dict[str, str]) -> int:
+        """Bytes that a forward reads; `units` names the routed ones."""
         tokens = int(forward.real_BT.sum())
 
         def kept(*kinds: str) -> int:
@@ -91,8 +104,7 @@ class LayerWeights:
             (self.rest, kept("block")),
             *((self.routers[kind], tokens) for kind in units),
         ]
-        whole = (self.key, self.query, self.mlp, self.norm, self.rest)
-        return sum(p.read(n) for p, n in ran), sum(p.read(tokens) for p in whole)
+        return sum(part.read(number) for part, number in ran)
 
 
 def weight_bytes(model: nn.Module, trace: Trace) -> WeightBytes:
@@ -106,46 +118,47 @@ def weight_bytes(model: nn.Module, trace: Trace) -> WeightBytes:
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     outside = 0 if head is None else _bytes(head)
     read = dense = len(trace.forwards) * outside
-    for index, weights in enumerate(layer_weights(decoder)):
+    both = zip(layer_weights(decoder), layer_weights(decoder, dense=True), strict=True)
+    for index, (weights, dense_weights) in enumerate(both):
         names = {kind: f"layers.{index}.{kind}" for kind in KINDS}
         units = {kind: name for kind, name in names.items() if name in trace.unit_names}
         for forward in trace.forwards:
-            routed, whole = weights.read(forward, units)
-            read, dense = read + routed, dense + whole
+            read += weights.read(forward, units)
+            dense += dense_weights.whole(forward)
     return WeightBytes(read, dense)
 
 
-def layer_weights(decoder: nn.Module) -> list[LayerWeights]:
-    """What is read of each decoder layer, in order."""
-    layers, watched = decoder_layers(decoder), watch(decoder)
-    return [_of_layer(decoder, layer, seen) for layer, seen in zip(layers, watched, strict=True)]
+def layer_weights(decoder: nn.Module, *, dense: bool = False) -> list[LayerWeights]:
+    """What is read of each decoder layer, in order; `dense` as in layer_costs."""
+    both = zip(decoder_layers(decoder), watch(decoder), strict=True)
+    return [_of_layer(decoder, layer, seen, dense) for layer, seen in both]
 
 
-def _of_layer(decoder: nn.Module, layer: nn.Module, seen: Watched) -> LayerWeights:
+def _of_layer(decoder: nn.Module, layer: nn.Module, seen: Watched, dense: bool) -> LayerWeights:
     family, attention = family_of(decoder), attention_of(decoder, layer)
     inside = f"{family.modules['attn']}."
     before = [inside + part for part in KEY_PARTS] if family.parts else seen.before
-    key = sum(_bytes(layer.get_submodule(n)) for n in before if n.startswith(inside))
+    key = sum(_bytes(layer.get_submodule(n), dense) for n in before if n.startswith(inside))
     beside = {kind: getattr(layer, router_child(kind), None) for kind in KINDS}
     routers = {kind: Part(_bytes(router)) for kind, router in beside.items() if router is not None}
     mlp_module = part_of(decoder, layer, "mlp") if hasattr(layer, family.modules["mlp"]) else None
-    mlp = Part(0) if mlp_module is None else _of_mlp(mlp_module, decoder.config)
-    attending = 0 if attention is None else _bytes(attention)
+    mlp = Part(0) if mlp_module is None else _of_mlp(mlp_module, decoder.config, dense)
+    attending = 0 if attention is None else _bytes(attention, dense)
     norm_name = input_norm_name(decoder, layer)
     norm = 0 if norm_name is None else _bytes(getattr(layer, norm_name))
-    rest = _bytes(layer) - attending - mlp.fixed - mlp.experts - norm
+    rest = _bytes(layer, dense) - attending - mlp.fixed - mlp.experts - norm
     rest -= sum(router.fixed for router in routers.values())
     return LayerWeights(Part(key), Part(attending - key), mlp, Part(norm), Part(rest), routers)
 
 
-def _of_mlp(mlp: nn.Module, config: Any) -> Part:
+def _of_mlp(mlp: nn.Module, config: Any, dense: bool) -> Part:
     found = list(_experts(mlp))
     if not found:
-        return Part(_bytes(mlp))
+        return Part(_bytes(mlp, dense))
     experts = sum(size for _, size, _ in found)
     module, _, number = found[0]
     chosen = experts_of_a_token(module, config)
-    return Part(_bytes(mlp) - experts, experts, number, chosen)
+    return Part(_bytes(mlp, dense) - experts, experts, number, chosen)
 
 
 def _experts(mlp: nn.Module) -> Iterator[tuple[nn.Module, int, int]]:
@@ -159,5 +172,17 @@ def _experts(mlp: nn.Module) -> Iterator[tuple[nn.Module, int, int]]:
                 yield module, weight.nbytes, weight.shape[0]
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(weight.nbytes for weight in module.parameters())
+def _bytes(module: nn.Module, dense: bool = False) -> int:
+    return sum(w.nbytes for w in module.parameters()) - _unread(module, dense)
+
+
+def _unread(module: nn.Module, dense: bool) -> int:
+    """Bytes of the adapters' layers (left_out_when_dense) that no forward reads: of adapters that
+    are not active, and of all of them in a dense one.
+    """
+    total = 0
+    for layer in (m for m in module.modules() if left_out_when_dense(m)):
+        read = [] if dense else active_parts(layer)
+        total += sum(w.nbytes for w in layer.parameters())
+        total -= sum(_bytes(part) for part in [layer.get_submodule("base_layer"), *read])
+    return total

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from router_tuning.cli.tuning import Settings
 
 INTERRUPTED = 130
-TEXT, ROUTERS, TRAINING = "Text", "Routers", "Training"
+TEXT, ROUTERS, LORA, TRAINING = "Text", "Routers", "LoRA", "Training"
 """Panels of the help."""
 BUDGETS = "0.95,0.9,0.85,0.8,0.75,0.7,0.65,0.6,0.55,0.5"
 
@@ -205,6 +205,35 @@ def tune(
             "(default: 0.1). 0 stays as close to the dense model as can be.",
         ),
     ] = None,
+    lora_r: Annotated[
+        int | None,
+        typer.Option(
+            "--lora-r",
+            rich_help_panel=LORA,
+            min=1,
+            help="Train LoRA of this rank with the routers, in the same adapter. Default: none.",
+        ),
+    ] = None,
+    lora_alpha: Annotated[
+        int | None,
+        typer.Option(
+            "--lora-alpha", rich_help_panel=LORA, min=1, help="LoRA's alpha. Default: 2 x rank."
+        ),
+    ] = None,
+    lora_target: Annotated[
+        str | None,
+        typer.Option(
+            "--lora-target",
+            rich_help_panel=LORA,
+            metavar="NAMES",
+            help="Linear layers that get LoRA, such as q_proj,v_proj, or all-linear. Default: "
+            "PEFT's choice for the family.",
+        ),
+    ] = None,
+    lora_learning_rate: Annotated[
+        float | None,
+        typer.Option("--lora-learning-rate", rich_help_panel=LORA, help="Of LoRA's weights."),
+    ] = None,
     answers_only: Annotated[
         bool,
         typer.Option(
@@ -298,6 +327,7 @@ def _run(
     from router_tuning.cli import tuning
     from router_tuning.cli.adapters import ANSWERS, RECORD, WORK, load_base
     from router_tuning.cli.material import prepare
+    from router_tuning.lora import lora_parameters
 
     recipe = settings.recipe()
     base = load_base(settings.model, settings.dtype, device)
@@ -314,6 +344,7 @@ def _run(
         **json.loads((out / RECORD).read_text(encoding="utf-8")),
         "finished": True,
         "router_parameters": num_router_parameters(model),
+        "lora_parameters": sum(p.numel() for p in lora_parameters(model)),
         "train_tokens": recipe.windows * material.train.ids.shape[1],
         "train_windows": len(material.train),
         "held_out_windows": len(material.held_out),
@@ -431,7 +462,8 @@ def _show_result(result: dict[str, Any], out: Path) -> None:
     from router_tuning.report.tables import budget_table
 
     stdout().print(budget_table(result["budgets"]))
+    lora = f", {result['lora_parameters']} of LoRA" if result["lora_parameters"] else ""
     show(
-        f"{result['router_parameters']} router parameters, {result['train_tokens']} training "
+        f"{result['router_parameters']} router parameters{lora}, {result['train_tokens']} training "
         f"tokens. Adapter: {out}"
     )

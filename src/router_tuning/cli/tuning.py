@@ -17,7 +17,7 @@ from router_tuning.calibration import calibrate_windows
 from router_tuning.cli.adapters import WORK
 from router_tuning.cli.console import Bar, bar, warn
 from router_tuning.cli.material import Material, Recipe
-from router_tuning.cli.options import granularities_in, layers_in
+from router_tuning.cli.options import granularities_in, layers_in, names_in
 from router_tuning.config import CALIBRATION_WINDOWS, RoutingConfig, threshold_for
 from router_tuning.data import WindowDataset, Windows
 from router_tuning.errors import BudgetError, ConfigError
@@ -31,6 +31,8 @@ from router_tuning.units import decoder_of
 
 OBJECTIVE_WINDOWS = 8
 """Held-out windows of an evaluation during training: enough for a trend."""
+ALL_LINEAR = "all-linear"
+"""PEFT's word for LoRA on every linear layer."""
 EVALUATIONS = 4
 """How often a training looks at held-out text."""
 
@@ -62,6 +64,10 @@ class Settings:
     threshold_range: float | None = None
     distill_positions: float | None = None
     lm_weight: float | None = None
+    lora_r: int | None = None
+    lora_alpha: int | None = None
+    lora_target: str | None = None
+    lora_learning_rate: float | None = None
     prompts: int = 300
     answer_tokens: int = 128
     held_out: int = CALIBRATION_WINDOWS
@@ -80,12 +86,31 @@ class Settings:
         chosen["granularity"] = granularities_in(self.granularity)
         config = RoutingConfig(**chosen, layers=layers_in(self.layers))
         config.check()
+        self.lora()
         if self.answers_only and self.objective != "lm":
             raise ConfigError(
                 f"--answers-only goes with --objective lm; {self.objective!r} compares with the "
                 f"dense model at every token"
             )
         return config
+
+    def lora(self) -> dict[str, Any] | None:
+        """The LoRA to tune with the routers; None without."""
+        if self.lora_r is None:
+            for option in ("lora_alpha", "lora_target", "lora_learning_rate"):
+                if getattr(self, option) is not None:
+                    raise ConfigError(
+                        f"--{option.replace('_', '-')} is of LoRA, which --lora-r asks for: give "
+                        f"--lora-r 8 too, or leave it out"
+                    )
+            return None
+        alpha = 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
+        chosen: dict[str, Any] = {"r": self.lora_r, "lora_alpha": alpha}
+        if self.lora_target == ALL_LINEAR:
+            chosen["target_modules"] = ALL_LINEAR
+        elif self.lora_target is not None:
+            chosen["target_modules"] = list(names_in(self.lora_target))
+        return chosen
 
     def recipe(self) -> Recipe:
         """The text to tune on."""
@@ -107,7 +132,7 @@ def attach_routers(model: Any, settings: Settings) -> PeftModel:
     config = settings.routing()
     names = {field.name for field in fields(RoutingConfig)}
     fresh = {name: value for name, value in vars(config).items() if name in names}
-    return get_peft_model(model, RouterTuningConfig(**fresh))
+    return get_peft_model(model, RouterTuningConfig(**fresh, lora=settings.lora()))
 
 
 def train(
@@ -157,6 +182,7 @@ def _arguments(
         "threshold_range",
         "distill_positions",
         "lm_weight",
+        "lora_learning_rate",
     )
     given = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if save_every is not None:

@@ -397,9 +397,24 @@ def replay(model: nn.Module, decisions: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Switch the routers off inside the block: the frozen base model, to the bit."""
+    """Switch the adapter off inside the block, routers and its own LoRA: the frozen base model, to
+    the bit. A budget of 1 keeps everything and leaves the LoRA on.
+    """
     with _with_options(model, dense=True):
         yield
+
+
+def runs_dense(decoder: nn.Module) -> bool:
+    """Whether a forward of this decoder is the frozen base model's now."""
+    routing: Routing | None = decoder.__dict__.get("routing")
+    return options_for(decoder).dense or (routing is not None and not routing.enabled)
+
+
+def left_out_when_dense(module: nn.Module) -> bool:
+    """Whether a module is an adapter's own layer around one of the base model's (lora.py), which
+    runs alone in a dense forward.
+    """
+    return bool(getattr(module, "of_routed_adapter", False))
 
 
 @contextmanager

@@ -25,8 +25,8 @@ class RouterTrainingArguments(TrainingArguments):
     objective: str = field(
         default="distill",
         metadata={
-            "help": '"distill": stay close to the same model with routers off (needs no labels); '
-            '"lm": predict the labels of the data.'
+            "help": '"distill": stay close to the base model, without routers and without the '
+            'adapter\'s LoRA (needs no labels); "lm": predict the labels of the data.'
         },
     )
     budget: float | None = field(
@@ -97,6 +97,10 @@ class RouterTrainingArguments(TrainingArguments):
             "help": "Learning rate of the routers' scalar biases, which set how much is kept."
         },
     )
+    lora_learning_rate: float = field(
+        default=2e-4,
+        metadata={"help": "Learning rate of the adapter's LoRA, where it has one."},
+    )
     cooldown_fraction: float = field(
         default=0.25,
         metadata={
@@ -151,6 +155,7 @@ class RouterTrainingArguments(TrainingArguments):
             ("lm_weight", 0 <= self.lm_weight < math.inf, "at least 0 and finite"),
             ("distill_positions", 0 < self.distill_positions <= 1, "in (0, 1]"),
             ("bias_learning_rate", self.bias_learning_rate > 0, "above 0"),
+            ("lora_learning_rate", 0 < self.lora_learning_rate < math.inf, "above 0 and finite"),
             ("cooldown_fraction", 0 <= self.cooldown_fraction <= 1, "in [0, 1]"),
         ):
             if not ok:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from router_tuning.errors import ConfigError, TrainingError
 from router_tuning.execution.context import routers_of, routing_of
 from router_tuning.execution.prompts import pools_everything
+from router_tuning.lora import lora_parameters
 from router_tuning.training.arguments import REENTRANT, RouterTrainingArguments
 from router_tuning.training.safety import check_writable
 from router_tuning.units import decoder_layers, decoder_of
@@ -42,12 +43,13 @@ def check_model(model: nn.Module, args: RouterTrainingArguments) -> None:
             'get_peft_model(model, RouterTuningConfig(...)), or save_strategy="no"'
         )
     routers = {p for router in routers_of(model).values() for p in router.parameters()}
+    adapter = routers | set(lora_parameters(model))
     trained = {p for p in model.parameters() if p.requires_grad}
     if not trained:
         raise ConfigError("no parameter trains; load the adapter with is_trainable=True")
-    if trained - routers:
+    if trained - adapter:
         raise ConfigError(
-            f"{len(trained - routers)} tensors of the base model would train; freeze it with "
+            f"{len(trained - adapter)} tensors of the base model would train; freeze it with "
             f"model.requires_grad_(False) before attaching the routers (get_peft_model does)"
         )
 

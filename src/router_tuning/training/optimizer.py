@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from router_tuning.data import evaluation_mode
 from router_tuning.execution.context import ForwardContext, decided_by, routers_of
+from router_tuning.lora import lora_parameters
 from router_tuning.routers import input_weight, scalar_bias
 from router_tuning.training.arguments import RouterTrainingArguments
 from router_tuning.training.budget import all_reduce_sum
@@ -82,7 +83,7 @@ def parameter_groups(
     damped: bool = True,
 ) -> list[dict[str, Any]]:
     """A group for each router's input weight, with its `spread` and the learning rate divided by
-    it; one for what else trains in the routers; and one for the biases.
+    it; one for what else trains in the routers; one for the biases; and one for the adapter's LoRA.
 
     Args:
         model: with routers.
@@ -112,5 +113,7 @@ def parameter_groups(
         {"params": others, "lr": args.learning_rate, "weight_decay": decay},
         {"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0}
         | damping(BIAS_DAMPING),
+        # With Adam's own epsilon: that of the others is the size of routers' gradients.
+        {"params": lora_parameters(model), "lr": args.lora_learning_rate, "weight_decay": 0.0},
     ]
     return groups + [group for group in shared if group["params"]]

@@ -1,12 +1,14 @@
 """Run the layers below the first routed one once for two passes over the same tokens.
 
-Below the first routed layer the dense and the routed pass compute the same thing. The first pass
-captures what the last of these layers returned; in the second, all of them return that instead of
-running. Their forwards are set on the instances inside a `with` block and put back when it ends.
+Below the first layer with a router, or with LoRA that a dense pass leaves out, the dense and the
+routed pass compute the same thing. The first pass captures what the last of these layers returned;
+in the second, all of them return that instead of running. Their forwards are set on the instances
+inside a `with` block and put back when it ends.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,26 +16,33 @@ from typing import Any
 
 from torch import nn
 
-from router_tuning.execution.context import routing_of
+from router_tuning.execution.context import left_out_when_dense, routing_of
 from router_tuning.units import decoder_layers, decoder_of, unwrap
 
 
 @dataclass
 class Prefix:
-    """The layers below the first routed one, and what the last of them returned."""
+    """The layers that both passes share, and what the last of them returned."""
 
     layers: list[nn.Module]
     output: Any = None
 
 
 def shared_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers below the first routed one; none if something below it trains."""
+    """The decoder layers below the first that runs otherwise in a dense pass; none if something
+    below it trains.
+    """
     decoder = decoder_of(model)
-    first = min(unit.layer_idx for unit in routing_of(model).units)
-    below = decoder_layers(decoder)[:first]
+    routed = min(unit.layer_idx for unit in routing_of(model).units)
+    same = itertools.takewhile(_runs_alike, decoder_layers(decoder)[:routed])
+    below = list(same)
     embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
     trains = any(p.requires_grad for module in [*below, embedding] for p in module.parameters())
     return [] if trains else below
+
+
+def _runs_alike(layer: nn.Module) -> bool:
+    return not any(left_out_when_dense(module) for module in layer.modules())
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """A `transformers.Trainer` that trains routers: loss = task + weight * (kept - target)^2.
 
 `RouterTrainerMixin` adds the budget to any Trainer's `compute_loss`; `RouterTrainer` is the mixin
-over the plain Trainer. The base model stays frozen, so a checkpoint holds the routers, the
-optimizer and the budget's running mean, and a resumed run gives the losses of an uninterrupted one.
-Ctrl-C, and a loss or gradient that is not finite, leave a checkpoint of the last good step behind.
+over the plain Trainer. LoRA that the routers' adapter has (lora.py) trains with them. The base
+model stays frozen, so a checkpoint holds the adapter, the optimizer and the budget's running mean,
+and a resumed run gives the losses of an uninterrupted one. Ctrl-C, and a loss or gradient that is
+not finite, leave a checkpoint of the last good step behind.
 
 Shapes: B batch, T tokens, N chosen positions, D hidden.
 """
@@ -178,7 +179,8 @@ class RouterTrainerMixin(_Trainer):
         return loss, outputs
 
     def teacher(self, inputs: dict[str, Any]) -> tuple[Tensor, Prefix]:
-        """Last hidden states of the dense model (no dropout), and what its lower layers gave.
+        """Last hidden states of the dense model (without the adapter's LoRA, and without dropout),
+        and what its lower layers gave.
 
         A subclass that has these hidden states already may return them with `Prefix([])`.
         """
