@@ -112,7 +112,8 @@ def _table(
     lines = [
         f"**{run['model']}, {text}, {MEASURES[measure]}** ({base['tokens']} tokens, dense loss "
         f"{base[measure]:.3f}; {run['device']}, {run['dtype']}; {link(path, root)}). Extra loss in "
-        "nats a token; the share of the better static control's that it is; steps x windows:",
+        "nats a token; the share of the better static control's that it is; tuned on steps x "
+        "windows, to a budget:",
         "",
         f"| kept | {' | '.join(f'{k:.2f}' for k in KEPT)} | {shares} | tuned on | seeds |",
         "|---|" + "---|" * (len(KEPT) + len(SHARES_AT) + 2),

@@ -29,6 +29,7 @@ from router_tuning import RouterTuningConfig
 from router_tuning.cli.records import device_name, versions, write_json
 from router_tuning.data import WindowDataset, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
+from router_tuning.execution.context import routers_of
 from router_tuning.memory import held_bytes, peak_bytes
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 
@@ -170,12 +171,26 @@ def _trainer(model: Any, options: argparse.Namespace, folder: str, data: WindowD
     name = options.variant
     if name.startswith("routers"):
         routed = get_peft_model(model, RouterTuningConfig(kv="kept", budget=0.75))
+        _wake(routed)
         # What is done once before the first step is no part of a step.
         arguments = RouterTrainingArguments(**shared, objective=name.split()[-1], warm_start=0)
         return RouterTrainer(routed, arguments, train_dataset=data)
     if name.startswith("LoRA"):
         model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
     return Trainer(model, TrainingArguments(**shared), train_dataset=data)
+
+
+def _wake(routed: Any) -> None:
+    """Random routers that keep about three quarters: fresh ones hide no key, and their steps cost
+    less than those of a training under way.
+    """
+    torch.manual_seed(0)
+    for router in routers_of(routed).values():
+        for name, parameter in router.named_parameters():
+            if name.endswith("weight"):
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+            else:
+                torch.nn.init.constant_(parameter, 0.7)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from router_tuning.adapter_folder import load_adapter
 from router_tuning.errors import ConfigError
-from router_tuning.execution.context import dense, record, routers_of
+from router_tuning.execution.context import dense, record, replay, routers_of
 from router_tuning.lora import lora_layers, lora_parameters
 from router_tuning.peft_config import RouterTuningConfig
 from router_tuning.training.arguments import RouterTrainingArguments
@@ -221,3 +222,33 @@ def test_a_gradient_of_the_budget_and_the_task_reaches_lora(tmp_path: Path) -> N
     model = stirred(fresh())
     found = gradients(trainer_of(model, tmp_path), batch_of(rows(4)))
     assert all(g.any() for name, g in found.items() if ".lora_" in name)
+
+
+def test_hidden_keys_of_training_give_no_gradient_to_lora() -> None:
+    """The second call, which weighs skipped keys, is for the routers' decisions alone."""
+
+    def of_lora(decisions: Any) -> list[Tensor]:
+        with record(model) as trace, contextlib.ExitStack() as stack:
+            if decisions is not None:
+                stack.enter_context(replay(model, decisions))
+            model(ids, use_cache=False).logits.square().mean().backward()
+        traces.append(trace)
+        found = [p.grad for p in lora_parameters(model)]
+        model.zero_grad()
+        return [gradient for gradient in found if gradient is not None]
+
+    # The one router reads what its own layer's LoRA has no part in, so its gradient adds nothing.
+    layer = {"layers_to_transform": [1], "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    model = stirred(fresh(kv="kept", layers=[1], lora=layer))
+    (router,) = routers_of(model).values()
+    for name, parameter in router.named_parameters():
+        torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+    ids, traces = token_ids(2, 12), []
+    deciding = of_lora(None)
+    assert 0.1 < traces[0].kept_of_routed() < 0.9
+    replayed = of_lora(traces[0].decisions())
+    assert len(deciding) == len(replayed) == 6
+    assert all(gradient.any() for gradient in deciding)
+    for ours, theirs in zip(deciding, replayed, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert all(p.requires_grad for p in lora_parameters(model))

@@ -80,8 +80,8 @@ def tune(
             "--budget",
             rich_help_panel=ROUTERS,
             metavar="B",
-            help="Kept fraction to train for, in (0, 1]: the least that will be asked for. The "
-            "adapter serves larger ones no worse than one that was trained for them.",
+            help="Kept fraction to train for, in (0, 1]: the least that will be asked for, "
+            "since the adapter serves larger ones too.",
         ),
     ] = 0.75,
     steps: Annotated[

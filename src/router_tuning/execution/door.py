@@ -49,10 +49,7 @@ def enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if given.get("input_ids") is None and given.get("inputs_embeds") is None:
         return dense_forward(*args, **kwargs)  # raises transformers' own error
     _check_outputs(decoder, given)
-    path = options.path or default_path(decoder, routing)
-    if options.decider is None and pools_everything(routing.config):
-        _check_no_cache(given, options)
-        path = "masked"  # the skipping one leaves out the padding, which decides with the rest
+    path = _path(decoder, routing, options, given)
     if path == "masked":
         kwargs = _without_cache(given, kwargs)
     elif _fills_a_cache(decoder, given):
@@ -83,9 +80,15 @@ def enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
-def _check_no_cache(given: dict[str, Any], options: CallOptions) -> None:
+def _path(
+    decoder: nn.Module, routing: Routing, options: CallOptions, given: dict[str, Any]
+) -> Path:
+    """The path of a forward: as told, or as gradients are wanted."""
+    if options.decider is not None or not pools_everything(routing.config):
+        return options.path or default_path(decoder, routing)
     if _cache_in(given) is not None or given.get("use_cache") or options.path == "skipping":
         raise UnsupportedCallError(NO_CACHE)
+    return "masked"  # the skipping one leaves out the padding, which decides with the rest
 
 
 def _check_outputs(decoder: nn.Module, given: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ Shapes: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,10 +47,26 @@ def masked_call(
     keep_BT = decided.keep_BT
     write_BT = context.real_BT if context.config.kv == "all" else permanent(keep_BT, context)
     context.note(unit, decided.record(write_BT, context))
+    if context.config.kv == "all":
+        return call.without_cache(call.mask).run(dense_forward)
     hidden = int(keep_BT.sum()) < context.num_real
     # Nothing hidden: the dense call itself, so that fresh routers change no bit.
-    if context.config.kv == "all" or not (hidden or context.weighed_keys):
+    if not (hidden or context.weighed_keys):
         return call.without_cache(call.mask).run(dense_forward)
+    return _with_kept_keys(dense_forward, attention, call, decided, unit, context, hidden)
+
+
+def _with_kept_keys(
+    dense_forward: Callable[..., Any],
+    attention: nn.Module,
+    call: UnitCall,
+    decided: Decided,
+    unit: Unit,
+    context: ForwardContext,
+    hidden: bool,
+) -> Any:
+    """The same where some keys may be hidden, with the gradients of the keys' decisions."""
+    keep_BT = decided.keep_BT
     implementation = attention.config._attn_implementation  # type: ignore[union-attr]
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedCallError(
@@ -66,7 +83,9 @@ def masked_call(
     mask = _weighed(mask, weight_BT * keep_BT, call, context)
     output = call.without_cache(mask).run(dense_forward)
     if unit.kind == "attn" and hidden:  # of a block, it would take all of its work once more
-        return _by_skipped_keys(output, allowed, weight_BT * ~keep_BT, call, dense_forward, context)
+        mask = _weighed(allowed, weight_BT * ~keep_BT, call, context)
+        with _frozen(attention):
+            return _by_skipped_keys(output, call.without_cache(mask), dense_forward)
     return output
 
 
@@ -111,20 +130,25 @@ def _weighed(mask: Tensor, weight_BT: Tensor, call: UnitCall, context: ForwardCo
     return additive(mask, dtype) + (weight_BT[:, None, None] * lasting_TT).to(dtype)
 
 
-def _by_skipped_keys(
-    output: Any,
-    allowed: Tensor,
-    weight_BT: Tensor,
-    call: UnitCall,
-    dense_forward: Callable[..., Any],
-    context: ForwardContext,
-) -> Any:
-    """The same output, through which gradients also reach the weights of skipped keys: as of an
-    attention that sees all keys, and hands on nothing else.
+@contextmanager
+def _frozen(attention: nn.Module) -> Iterator[None]:
+    """Inside the block nothing of an attention trains: not its LoRA either."""
+    training = [p for p in attention.parameters() if p.requires_grad]
+    for parameter in training:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in training:
+            parameter.requires_grad_(True)
+
+
+def _by_skipped_keys(output: Any, seeing: UnitCall, dense_forward: Callable[..., Any]) -> Any:
+    """The same output, through which gradients also reach the weights of skipped keys: as of the
+    call `seeing`, whose mask holds these weights and hides no key, and of nothing else in it.
     """
-    seen = call.without_cache(_weighed(allowed, weight_BT, call, context))
-    states = {seen.state: call.x_BTD.detach()}
-    whole = first_of(seen.over(None, {**seen.kwargs, **states}).run(dense_forward))
+    states = {seeing.state: seeing.x_BTD.detach()}
+    whole = first_of(seeing.over(None, {**seeing.kwargs, **states}).run(dense_forward))
     same = first_of(output) + (whole - whole.detach())
     return (same, *output[1:]) if isinstance(output, tuple) else same
 

@@ -162,9 +162,8 @@ def _check_one_text(position_ids: Tensor | None, context: ForwardContext) -> Non
     if packed:
         raise UnsupportedCallError(
             f'pooling="{context.config.pooling}" takes one text a row, but position_ids start '
-            "again, as in rows of "
-            "packed texts; pad the texts instead of packing them (a data collator without "
-            'flattening), or use pooling="prefix"'
+            "again, as in rows of packed texts; pad the texts instead of packing them (a data "
+            'collator without flattening), or use pooling="prefix"'
         )
 
 
