@@ -68,7 +68,7 @@ TOLD = (
     "lm_weight",
 )
 """Arguments of a training whose defaults a result names."""
-LATER = {"lm_weight": 0.0}
+LATER = {"lm_weight": 0.0, "own_text": False}
 """What older results do not name, since it was not there."""
 
 
@@ -137,6 +137,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--budget", type=float, default=0.75)
     parser.add_argument("--budgets", type=_numbers(float), default=SWEEP)
+    parser.add_argument(
+        "--own-text",
+        metavar="FILE",
+        help="half of the training windows are of this text, which the model wrote (own_text.py)",
+    )
     parser.add_argument("--positions", type=float, default=0.25)
     parser.add_argument("--dtype", default="float32", help="of the training; losses are float32")
     parser.add_argument("--attention", default="sdpa", help="implementation, in training")
@@ -191,7 +196,7 @@ def _prepare(options: argparse.Namespace) -> Bench:
         name, _, file = item.partition("=")
         report[name] = make_windows(tokenizer, load_examples(file), limit=options.report_windows)
     needed = options.steps * options.batch_size if options.settings else 1
-    train = make_windows(tokenizer, rest, limit=needed)
+    train = _mixed(make_windows(tokenizer, rest, limit=needed), tokenizer, options.own_text)
     return Bench(
         options,
         trained,
@@ -201,6 +206,16 @@ def _prepare(options: argparse.Namespace) -> Bench:
         report,
         _teach(trained, options.model, train, options.teacher) if options.settings else {},
     )
+
+
+def _mixed(train: Windows, tokenizer: Any, own_text: str | None) -> Windows:
+    """As many windows, every second one of the model's own text, over and over if it is short."""
+    if own_text is None:
+        return train
+    own = make_windows(tokenizer, load_examples(own_text))
+    numbers = torch.arange(len(train) // 2)
+    both = Windows(*(torch.cat([getattr(w, n) for w in (train, own)]) for n in ("ids", "answer")))
+    return both.take(torch.stack([numbers, len(train) + numbers % len(own)], dim=1).flatten())
 
 
 def _describe(document: dict[str, Any], bench: Bench) -> None:
@@ -298,6 +313,7 @@ def _tuning(options: argparse.Namespace) -> dict[str, Any]:
             if field.name in TOLD
         },
         **options.argument,
+        "own_text": options.own_text is not None,
     }
 
 
@@ -371,22 +387,27 @@ def _teach(model: Any, name: str, windows: Windows, file: str | None) -> dict[by
 
     They are kept in the file, if one is given, for the next run on the same text.
     """
-    path = Path(file) if file else None
-    if path is None or not path.exists():
-        hidden_NLD = _last_hidden(model, windows)
+    path, known = Path(file) if file else None, {}
+    if path is not None and path.exists():
+        with safe_open(path, "pt") as stored:
+            if (stored.metadata() or {}).get("model") != name:
+                sys.exit(f"--teacher {path} is of another model than {name}; give another file")
+            known = _by_window(stored.get_tensor("ids"), stored.get_tensor("hidden"))
+    new = [index for index, ids_L in enumerate(windows.ids) if _key(ids_L) not in known]
+    if new:
+        unknown = windows.take(new)
+        known |= _by_window(unknown.ids, _last_hidden(model, unknown))
         if path is not None:
-            temporary = path.with_name(f"{path.name}.{os.getpid()}")
-            stored = {"hidden": hidden_NLD, "ids": windows.ids}
-            save_file(stored, temporary, metadata={"model": name})
-            temporary.replace(path)
-        return _by_window(windows.ids, hidden_NLD)
-    with safe_open(path, "pt") as stored:
-        if (stored.metadata() or {}).get("model") != name:
-            sys.exit(f"--teacher {path} is of another model than {name}; give another file")
-        known = _by_window(stored.get_tensor("ids"), stored.get_tensor("hidden"))
-    if any(_key(ids_L) not in known for ids_L in windows.ids):
-        sys.exit(f"--teacher {path} does not know all of this text; give another file")
+            _keep(known, path, name)
     return known
+
+
+def _keep(known: dict[bytes, torch.Tensor], path: Path, model: str) -> None:
+    ids = torch.stack([torch.frombuffer(bytearray(key), dtype=torch.int64) for key in known])
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    stored = {"hidden": torch.stack(list(known.values())), "ids": ids}
+    save_file(stored, temporary, metadata={"model": model})
+    temporary.replace(path)
 
 
 @torch.no_grad()

@@ -29,9 +29,11 @@ from router_tuning import RouterTuningConfig
 from router_tuning.cli.records import device_name, versions, write_json
 from router_tuning.data import WindowDataset, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
-from router_tuning.execution.context import routers_of
+from router_tuning.execution.context import record, routers_of
 from router_tuning.memory import held_bytes, peak_bytes
+from router_tuning.routers import input_weight, scalar_bias
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
+from router_tuning.units import decoder_of
 
 VARIANTS = ("routers, lm", "routers, distill", "LoRA r=8", "full")
 
@@ -171,7 +173,7 @@ def _trainer(model: Any, options: argparse.Namespace, folder: str, data: WindowD
     name = options.variant
     if name.startswith("routers"):
         routed = get_peft_model(model, RouterTuningConfig(kv="kept", budget=0.75))
-        _wake(routed)
+        _wake(routed, data)
         # What is done once before the first step is no part of a step.
         arguments = RouterTrainingArguments(**shared, objective=name.split()[-1], warm_start=0)
         return RouterTrainer(routed, arguments, train_dataset=data)
@@ -180,17 +182,19 @@ def _trainer(model: Any, options: argparse.Namespace, folder: str, data: WindowD
     return Trainer(model, TrainingArguments(**shared), train_dataset=data)
 
 
-def _wake(routed: Any) -> None:
-    """Random routers that keep about three quarters: fresh ones hide no key, and their steps cost
-    less than those of a training under way.
+@torch.no_grad()
+def _wake(routed: Any, windows: WindowDataset) -> None:
+    """Random routers that keep three quarters: fresh ones hide no key, and their steps cost less
+    than those of a training under way.
     """
     torch.manual_seed(0)
     for router in routers_of(routed).values():
-        for name, parameter in router.named_parameters():
-            if name.endswith("weight"):
-                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-            else:
-                torch.nn.init.constant_(parameter, 0.7)
+        torch.nn.init.normal_(input_weight(router))
+    with record(routed) as trace:
+        decoder_of(routed)(input_ids=windows[0]["input_ids"][None], use_cache=False)
+    units = trace.forwards[-1].units
+    for name, router in routers_of(routed).items():
+        scalar_bias(router).sub_(units[name].logits_BT.float().quantile(0.25))
 
 
 if __name__ == "__main__":

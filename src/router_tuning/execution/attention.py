@@ -13,10 +13,10 @@ from router_tuning.execution.cache import RoutedCacheLayer, check_layer, touch
 from router_tuning.execution.call import UnitCall
 from router_tuning.execution.context import ForwardContext, original_forward
 from router_tuning.execution.deciding import decide
-from router_tuning.execution.flat import own_forward
 from router_tuning.execution.handover import gated, hand_over, handed_in
 from router_tuning.execution.masked import masked_call
 from router_tuning.execution.skipping import skipping_call
+from router_tuning.execution.standing_in import own_forward
 from router_tuning.execution.visibility import check_packed
 from router_tuning.units import Unit, first_of
 

@@ -10,19 +10,13 @@ Shapes: B batch, T tokens of this forward, N kept tokens, H heads, G key heads, 
 
 from __future__ import annotations
 
-import contextvars
-import functools
-import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from router_tuning.errors import UnsupportedModelError
 from router_tuning.execution.cache import RoutedCacheLayer
 from router_tuning.execution.call import Decided, UnitCall
 from router_tuning.execution.context import ForwardContext
@@ -31,13 +25,9 @@ from router_tuning.execution.keys import HandedCache, no_keys
 from router_tuning.execution.places import MadeKeys, Places
 from router_tuning.execution.rows import Kernel, Reach, attend
 from router_tuning.execution.segments import SegmentKeys
+from router_tuning.execution.standing_in import can_stand_in, own_forward, standing_in
 from router_tuning.execution.visibility import sliding_window_of
 from router_tuning.units import Unit, first_of, is_found
-
-IMPLEMENTATION = "router_tuning_rows"
-"""The name of our attention function in transformers' interface."""
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-"""What the forward of an attention that goes through the interface mentions."""
 
 BEYOND_SDPA = ("softcap", "s_aux")
 """What an attention passes to a function whose scores are capped, or that has sinks."""
@@ -46,9 +36,6 @@ _expanding: set[type] = set()
 """Attentions that turned out to attend to something else than the keys they hand to their cache,
 though their family does not say so.
 """
-_running: contextvars.ContextVar[FlatRun | None] = contextvars.ContextVar(
-    "router_tuning_rows", default=None
-)
 
 
 class _NotHanded(Exception):
@@ -60,21 +47,13 @@ def can_run_flat(attention: nn.Module, context: ForwardContext) -> bool:
     mask that follows from the columns, by its own forward. Of a family found by its structure the
     mask is not known; a forward that something else has replaced (an accelerate hook) may do more.
     """
-    kind = type(attention)
     return (
-        kind not in _expanding
+        type(attention) not in _expanding
         and not context.family.expands_keys
         and not is_found(context.decoder)
-        and attention.__dict__.get("dense_forward") is None
         and getattr(attention, "is_causal", False) is True
-        and _through_interface(kind)  # type: ignore[arg-type]
+        and can_stand_in(attention)
     )
-
-
-@functools.cache
-def _through_interface(kind: type) -> bool:
-    code = inspect.unwrap(kind.forward).__code__  # type: ignore[attr-defined]
-    return INTERFACE in code.co_names
 
 
 class FlatRun:
@@ -101,7 +80,7 @@ class FlatRun:
         nothing has happened.
         """
         try:
-            with _put_in(self):
+            with standing_in(self):
                 forward = dense_forward
                 if self.unit.kind == "attn":
                     forward = own_forward(self.attention, dense_forward)
@@ -128,8 +107,13 @@ class FlatRun:
         return key, value
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, None]:
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         """Stands for the attention function: (1, H, N, D) -> (1, N, H, D)."""
         if (
             key is not self.handed[0]
@@ -146,8 +130,7 @@ class FlatRun:
         )
         together = keys.together()
         if together is not None:
-            output = kernel(query.transpose(0, 2), together.key, together.value, None)
-            return output.transpose(0, 1), None
+            return kernel(query.transpose(0, 2), together.key, together.value, None).transpose(0, 1)
         reach = Reach(self.context.config.kv_window, sliding)
         column_N = self.kept.token_N + self.context.start
         parts, begin = [], 0
@@ -156,7 +139,7 @@ class FlatRun:
             if number:
                 of = keys.of(segment)
                 parts.append(attend(kernel, query[:, :, some], column_N[some], of, reach))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _eager(self, kwargs: dict[str, Any]) -> Callable[..., Any] | None:
         """The family's own attention function, where SDPA does not serve: its scores are capped, or
@@ -170,53 +153,3 @@ class FlatRun:
         module = sys.modules[type(self.attention).__module__]
         function: Callable[..., Any] = module.eager_attention_forward
         return function
-
-
-class _Seen:
-    """An object as its own method sees it, but for some of its attributes."""
-
-    def __init__(self, seen: Any, **instead: Any) -> None:
-        self.__dict__.update(instead, _seen=seen)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_seen"], name)
-
-
-@contextmanager
-def _put_in(run: FlatRun) -> Iterator[None]:
-    token = _running.set(run)
-    try:
-        yield
-    finally:
-        _running.reset(token)
-
-
-def own_forward(attention: nn.Module, dense_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The attention's forward, attending by rows where a flat call of it, or of the block around
-    it, runs.
-    """
-    run = _running.get()
-    if run is None or run.attention is not attention:
-        return dense_forward
-    config = _Seen(attention.config, _attn_implementation=IMPLEMENTATION)
-    seen = _Seen(attention, config=config)
-    forward: Callable[..., Any] = type(attention).forward
-    return lambda *args, **kwargs: forward(seen, *args, **kwargs)
-
-
-def _by_rows(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Our attention function, in the form of transformers' interface."""
-    run = _running.get()
-    if run is None:
-        raise UnsupportedModelError(f"{IMPLEMENTATION} serves skipping alone; use sdpa or eager")
-    return run.attend(query, key, value, kwargs)
-
-
-AttentionInterface.register(IMPLEMENTATION, _by_rows)
