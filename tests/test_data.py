@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.data import default_data_collator
 
-from router_tuning.attach import attach, routing_of, set_budget
-from router_tuning.config import RoutingConfig
 from router_tuning.data import (
     Example,
     WindowDataset,
@@ -26,11 +22,9 @@ from router_tuning.data import (
     evaluation_mode,
     load_examples,
     make_windows,
-    sample_answers,
 )
 from router_tuning.errors import ConfigError, DataError
-from router_tuning.peft_config import RouterTuningConfig
-from tiny import BOS, EOS, tiny_model, tiny_tokenizer
+from tiny import BOS, EOS, tiny_tokenizer
 
 
 def chat(*turns: str) -> Example:
@@ -466,111 +460,6 @@ def test_dataset_of_windows_stacks_under_the_default_collator() -> None:
     assert only[0]["labels"].tolist() == [-100, -100, 2, -100]
     with pytest.raises(DataError, match="no window holds an answer"):
         WindowDataset(numbered(2), answers_only=True)
-
-
-# Answers of the model itself
-
-
-def test_sampled_answers_come_in_the_order_of_the_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    prompts = ["a long prompt about a fox and a dog", "fox", "some dog", "it"]
-    progress: list[tuple[int, int]] = []
-    model.train()
-    model.lm_head.eval()
-    before = torch.random.get_rng_state()
-    options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 3}
-    found = sample_answers(
-        model, tokenizer, prompts, **options, progress=lambda *n: progress.append(n)
-    )
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert model.training
-    assert not model.lm_head.training  # each module has its own mode back
-    assert [e.messages[0] for e in found if e.messages] == [
-        {"role": "user", "content": p} for p in prompts
-    ]
-    assert all(e.messages and e.messages[1]["content"].strip() for e in found)
-    assert progress == [(3, 4), (4, 4)]
-    assert found == sample_answers(model, tokenizer, prompts, **options)
-    assert found != sample_answers(model, tokenizer, prompts, **options, seed=1)
-
-
-@pytest.mark.parametrize("peft", [False, True])
-def test_sampled_answers_are_those_of_the_frozen_model(
-    tokenizer: PreTrainedTokenizerFast, peft: bool
-) -> None:
-    prompts = ["fox", "a dog"]
-    expected = sample_answers(tiny_model(), tokenizer, prompts, max_new_tokens=8)
-    routed: torch.nn.Module = tiny_model()
-    if peft:
-        routed = get_peft_model(routed, RouterTuningConfig())
-    else:
-        attach(routed, RoutingConfig())
-    routing_of(routed).config.calibration = [{"budget": 0.5, "threshold": 9.0}]
-    set_budget(routed, 0.5)  # routers on, nothing would run
-    assert sample_answers(routed, tokenizer, prompts, max_new_tokens=8) == expected
-
-
-class Scripted(torch.nn.Module):
-    """A model that answers what it is told to, by the text of the prompt."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, script: dict[str, str]) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.tokenizer, self.script = tokenizer, script
-        self.generation_config = SimpleNamespace(eos_token_id=[EOS, 5])
-        self.calls: list[dict[str, Any]] = []
-
-    def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        self.calls.append({"input_ids": input_ids, **options})
-        rows = [self._answer(self.tokenizer.decode(row)) for row in input_ids]
-        width = max(map(len, rows))
-        padded = torch.tensor(
-            [row + [options["pad_token_id"]] * (width - len(row)) for row in rows]
-        )
-        return torch.cat([input_ids, padded], dim=1)
-
-    def _answer(self, prompt: str) -> list[int]:
-        return text_ids(self.tokenizer, next(a for p, a in self.script.items() if p in prompt))
-
-
-def answered(examples: Sequence[Example]) -> list[str]:
-    return [e.messages[1]["content"] for e in examples if e.messages]
-
-
-def test_empty_answers_are_left_out_and_others_end_at_a_special_token(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    script = {"fox": "<|im_end|>", "dog": "it is<|im_end|>ab", "box": " so <eos>", "jug": "now"}
-    model = Scripted(tokenizer, script)
-    found = sample_answers(model, tokenizer, list(script))
-    assert answered(found) == ["it is", "so", "now"]
-    (call,) = model.calls
-    assert call["eos_token_id"] == [EOS, 5]
-    assert (call["do_sample"], call["temperature"], call["top_p"]) == (True, 0.8, 0.95)
-
-
-def test_prompts_are_padded_on_the_left(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = Scripted(tokenizer, {"dog": "it", "fox": "so"})
-    sample_answers(model, tokenizer, ["fox", "dog and dog"])
-    (call,) = model.calls
-    for ids, mask, prompt in zip(
-        call["input_ids"], call["attention_mask"], ("fox", "dog and dog"), strict=True
-    ):
-        wanted = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        assert tokenizer.decode(ids[mask.bool()]) == wanted
-        assert mask.tolist() == sorted(mask.tolist())
-
-
-def test_model_without_chat_template_does_not_play_the_user() -> None:
-    tokenizer = with_template(None)
-    model = Scripted(tokenizer, {"fox": " dog\nUser: And", "box": "it\n\nUser: x"})
-    found = sample_answers(model, tokenizer, ["fox", "box"])
-    assert answered(found) == ["dog", "it"]
-    ids, mask = model.calls[0]["input_ids"][0], model.calls[0]["attention_mask"][0]
-    assert tokenizer.decode(ids[mask.bool()]) == "<bos>User: fox\nAssistant:"
 
 
 def test_evaluation_mode_ends_with_an_error(model: PreTrainedModel) -> None:

@@ -25,7 +25,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"record"}),
     frozenset({"execution", "cost", "expected", "layer_cost", "weight_bytes", "memory"}),
     frozenset({"attach"}),
-    frozenset({"data"}),
+    frozenset({"data", "sampling"}),
     frozenset({"peft_config", "lora", "card", "baselines"}),
     frozenset({"peft_tuner"}),
     frozenset({"adapter_folder"}),

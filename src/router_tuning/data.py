@@ -1,9 +1,8 @@
 """Text in, token windows out: what routers are tuned, calibrated and measured on.
 
-Examples come from a local file, a hub data set, or the frozen model itself (shipped prompts and
-sampled answers). `make_windows` tokenises them under the model's own chat template and cuts the
-stream into windows of equal length, each token marked as answer or not. Knows nothing of routers,
-except that sampling switches them off.
+Examples come from a local file, a hub data set, or the frozen model itself (sampling.py).
+`make_windows` tokenises them under the model's own chat template and cuts the stream into windows
+of equal length, each token marked as answer or not. Knows nothing of routers.
 
 Shapes: N windows, L tokens of a window.
 """
@@ -15,7 +14,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
@@ -26,8 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from router_tuning.errors import ConfigError, DataError, UnsupportedCallError, UnsupportedModelError
-from router_tuning.execution.context import dense, routing_of
+from router_tuning.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,10 +50,6 @@ _CHARS_PER_TOKEN = (
 )
 
 
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
-"""How the frozen model's answers are drawn."""
-
-
 @dataclass(frozen=True)
 class Example:
     """One conversation, or one plain text: exactly one of the two is set."""
@@ -76,7 +70,7 @@ def load_examples(source: str | Path, *, limit: int | None = None) -> list[Examp
     Raises:
         DataError: missing, unreadable, empty or malformed; a file's line number is named.
     """
-    _at_least(1, limit=limit)
+    at_least(1, limit=limit)
     path = Path(source).expanduser()
     if path.is_dir():
         raise DataError(
@@ -199,7 +193,7 @@ def _example(row: object, where: str) -> Example:
     values = [_content(row[key], key, where) for key in form]
     if form == ("text",):
         return Example(text=values[0])
-    return Example(messages=_turns(*values))
+    return Example(messages=turns(*values))
 
 
 def _messages(messages: object, where: str) -> tuple[dict[str, str], ...]:
@@ -221,7 +215,7 @@ def _messages(messages: object, where: str) -> tuple[dict[str, str], ...]:
     )
 
 
-def _turns(prompt: str, response: str) -> tuple[dict[str, str], ...]:
+def turns(prompt: str, response: str) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
 
 
@@ -239,7 +233,7 @@ def _content(value: object, name: str, where: str) -> str:
     return value
 
 
-def _at_least(low: int, **options: int | None) -> None:
+def at_least(low: int, **options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < low:
             raise ConfigError(f"{name} must be at least {low}, got {value}")
@@ -336,8 +330,8 @@ def make_windows(
     Raises:
         DataError: fewer than two tokens, or a conversation that the chat template refuses.
     """
-    _at_least(2, length=length)
-    _at_least(1, limit=limit)
+    at_least(2, length=length)
+    at_least(1, limit=limit)
     stream = _Stream([], [])
     wanted = None if limit is None else limit * length
     after_text = False
@@ -352,7 +346,7 @@ def make_windows(
         after_text = example.messages is None
         if wanted is not None and len(stream.ids) >= wanted:
             break
-    return stream.cut(length, limit, _leading_bos(tokenizer))
+    return stream.cut(length, limit, leading_bos(tokenizer))
 
 
 @dataclass
@@ -383,7 +377,7 @@ class _Stream:
         return Windows(torch.tensor(ids), torch.tensor(answer))
 
 
-def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The bos token if the tokenizer begins a plain text with it, else None."""
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
@@ -404,7 +398,7 @@ def _chat_tokens(
 ) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and which of them are answer."""
     templated = bool(tokenizer.chat_template)
-    text, spans = _rendered(tokenizer, messages, where) if templated else _plain_chat(messages)
+    text, spans = _rendered(tokenizer, messages, where) if templated else plain_chat(messages)
     special = not templated  # a template writes its own bos
     if not tokenizer.is_fast:
         return _slow_tokens(tokenizer, text, spans, special)
@@ -439,7 +433,7 @@ def _agreement(prefix: list[int], ids: list[int]) -> tuple[int, int]:
     return (len(prefix), len(prefix)) if same is None else (same, same + 1)
 
 
-def _plain_chat(messages: Sequence[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+def plain_chat(messages: Sequence[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
     """A conversation for models without a chat template, and where its answers are."""
     text, spans = "", []
     for message in messages:
@@ -460,12 +454,12 @@ def _rendered(
     The template is also run with marks for answers, which tells its own text from theirs: an answer
     is found even if it is a word of the template, is trimmed by it, or loses its reasoning.
     """
-    text = _templated(tokenizer, messages, where)
+    text = templated(tokenizer, messages, where)
     marked = [
         {**m, "content": _MARK.format(i)} if m["role"] == "assistant" else m
         for i, m in enumerate(messages)
     ]
-    begin, *rest = _MARKS.split(_templated(tokenizer, marked, where))
+    begin, *rest = _MARKS.split(templated(tokenizer, marked, where))
     ends = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
     position, spans = len(begin), []
     for index, after in zip(map(int, rest[::2]), rest[1::2], strict=True):
@@ -480,7 +474,7 @@ def _rendered(
     return text, spans
 
 
-def _templated(
+def templated(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[dict[str, str]],
     where: str,
@@ -511,111 +505,6 @@ def _end_of_turn(after: str, special_tokens: Iterable[str]) -> int:
     return max(
         (blanks + len(t) for t in special_tokens if t and after.startswith(t, blanks)), default=0
     )
-
-
-def sample_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[Example]:
-    """Let the frozen model answer prompts (routers off, temperature 0.8, top-p 0.95).
-
-    The same seed and batch size give the same answers; the caller's random numbers are not touched.
-
-    Returns:
-        One conversation a prompt, in the order of the prompts, without those of empty answers.
-    """
-    _at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    inputs = prompt_ids(tokenizer, prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(inputs[i]))
-    answers = [""] * len(prompts)
-    device = next(model.parameters()).device
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), evaluation_mode(model), _routers_off(model):
-        torch.manual_seed(seed)
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
-            given = [inputs[i] for i in rows]
-            batch = continued(model, tokenizer, given, max_new_tokens, **SAMPLING)
-            for i, ids in zip(rows, batch, strict=True):
-                answers[i] = _decoded(tokenizer, ids)
-            if progress is not None:
-                progress(min(begin + batch_size, len(order)), len(order))
-    return [Example(messages=_turns(p, a)) for p, a in zip(prompts, answers, strict=True) if a]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """The token ids of users' messages, up to where the assistant begins."""
-    texts = [_generation_text(tokenizer, prompt) for prompt in prompts]
-    special = not tokenizer.chat_template
-    return [tokenizer(t, add_special_tokens=special, verbose=False)["input_ids"] for t in texts]
-
-
-def _generation_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    if not tokenizer.chat_template:
-        # No blank at the end: it is part of the answer's first token.
-        return _plain_chat([{"role": "user", "content": prompt}])[0] + "Assistant:"
-    message = {"role": "user", "content": prompt}
-    return _templated(tokenizer, [message], f"prompt {prompt!r:.40}", generation_prompt=True)
-
-
-def continued(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Sequence[list[int]],
-    max_new_tokens: int,
-    **options: Any,
-) -> list[list[int]]:
-    """A continuation of each row of token ids, which are padded on the left; options are those of
-    `generate`. Rows that stop early end in padding.
-    """
-    stops = stop_ids(model, tokenizer)
-    pad = next((i for i in (tokenizer.pad_token_id, *stops) if i is not None), 0)
-    width = max(map(len, inputs))
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in inputs], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in inputs], device=device)
-    output: Tensor = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=stops or None,
-        **options,
-    )
-    rows: list[list[int]] = output[:, width:].tolist()
-    return rows
-
-
-def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer."""
-    configured = model.generation_config.eos_token_id
-    known = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in (*known, tokenizer.eos_token_id) if i is not None})
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text up to the first special token, or to where a base model goes on as the user."""
-    special = set(tokenizer.all_special_ids)
-    end = next((i for i, token in enumerate(ids) if token in special), len(ids))
-    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
-    return (text if tokenizer.chat_template else text.split("\nUser:")[0]).strip()
-
-
-def _routers_off(model: nn.Module) -> AbstractContextManager[None]:
-    try:
-        routing_of(model)
-    except (
-        UnsupportedCallError,
-        UnsupportedModelError,
-    ):  # no routers, or of no family that can have them
-        return nullcontext()
-    return dense(model)
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from router_tuning.data import continued, default_prompts, evaluation_mode, prompt_ids, stop_ids
+from router_tuning.data import default_prompts, evaluation_mode
 from router_tuning.evaluation.paired import interval, mean, ratio_interval
 from router_tuning.evaluation.variants import DENSE, Items, Ran, Variant
+from router_tuning.sampling import continued, prompt_ids, stop_ids
 
 PROMPTS, NEW_TOKENS, REPEATED = 32, 64, 4
 """Prompts by default, tokens of an answer at most, and the words' length in tokens whose repetition
