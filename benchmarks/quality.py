@@ -140,7 +140,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--own-text",
         metavar="FILE",
-        help="half of the training windows are of this text, which the model wrote (sampling.sample_texts) ",
+        help="half of the training windows are of this text, which sample_texts made",
     )
     parser.add_argument("--positions", type=float, default=0.25)
     parser.add_argument("--dtype", default="float32", help="of the training; losses are float32")

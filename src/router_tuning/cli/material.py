@@ -21,9 +21,9 @@ from router_tuning.data import (
     default_prompts,
     load_examples,
     make_windows,
-    sample_answers,
 )
 from router_tuning.errors import DataError
+from router_tuning.sampling import sample_answers
 
 FEW_EXAMPLES = 10
 """With fewer, whole texts cannot be held back; then windows are."""
