@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -26,6 +27,7 @@ import router_tuning
 from router_tuning.cli import app, tuning
 from router_tuning.cli.adapters import RECORD, WORK
 from router_tuning.config import CALIBRATION_WINDOWS, GRANULARITIES, RoutingConfig
+from router_tuning.data import Example, Windows, make_windows
 from router_tuning.errors import TrainingError
 from router_tuning.peft_config import RouterTuningConfig
 from tiny import SENTENCES, VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -247,6 +249,45 @@ def test_tune_without_data_samples_answers(home: Path, tmp_path: Path) -> None:
     answers = (tmp_path / "out" / WORK / "answers.jsonl").read_text().splitlines()
     assert 6 <= len(answers) <= 12
     assert "shipped" in read(tmp_path / "out" / RECORD)["run"]["data"]["tuned"]
+
+
+def test_tune_mixes_in_what_the_model_writes_itself(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    train = tuning.train
+
+    def spy(model: Any, settings: Any, material: Any, *args: Any, **options: Any) -> Any:
+        seen.append(material.train)
+        return train(model, settings, material, *args, **options)
+
+    monkeypatch.setattr(tuning, "train", spy)
+    out = tmp_path / "out"
+    run("tune", *data_options(home, out), "--budgets", "0.9", "--own-text", "0.5")
+    rows = (out / WORK / "own_text.jsonl").read_text().splitlines()
+    texts = [json.loads(row)["text"] for row in rows]
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    own = make_windows(tokenizer, [Example(text=text) for text in texts], length=32).ids
+    (windows,) = seen
+    assert len(windows) == 8
+    assert windows.ids[1::2].tolist() == [own[i % len(own)].tolist() for i in range(4)]
+    assert read(out / RECORD)["settings"]["own_text"] == 0.5
+
+
+def test_own_text_is_spread_and_comes_again() -> None:
+    from router_tuning.cli.material import _mixed
+
+    def windows(*numbers: int) -> Windows:
+        ids = torch.tensor(numbers)[:, None].expand(-1, 4)
+        return Windows(ids, torch.zeros_like(ids, dtype=torch.bool))
+
+    def mixed(share: float) -> list[int]:
+        recipe = tuning.Settings(model="m", steps=4, batch_size=2, own_text=share).recipe()
+        found: list[int] = _mixed(windows(0, 1, 2, 3, 4, 5), windows(-1, -2), recipe).ids[:, 0]
+        return [int(i) for i in found]
+
+    assert mixed(0.5) == [0, -1, 1, -2, 2, -1, 3, -2]
+    assert mixed(0.25) == [0, 1, 2, -1, 3, 4, 5, -2]
 
 
 def test_tune_on_plain_text(home: Path, tmp_path: Path) -> None:
@@ -580,6 +621,20 @@ def test_interrupted_while_calibrating(
         assert "step 4 is saved" in refused(130, "tune", *options)
     run("tune", *options, "--resume")
     assert config_of(tmp_path)["calibration"] == config_of(adapter)["calibration"]
+
+
+def test_a_record_from_before_an_option_has_its_default(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*data_options(home, tmp_path), "--budgets", "0.9"]
+    run("tune", *options)
+    record = read(tmp_path / RECORD)
+    del record["settings"]["own_text"]
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    run("tune", *options, "--resume")
+    assert "--own-text was 0.0 and is 0.5" in refused(
+        2, "tune", *options, "--resume", "--own-text", "0.5"
+    )
 
 
 def test_resume_with_other_options_is_refused(

@@ -153,32 +153,33 @@ def test_sampled_texts_are_those_of_the_frozen_model_and_of_the_seed(
     progress: list[tuple[int, int]] = []
     before = torch.random.get_rng_state()
     found = sample_texts(
-        tiny_model(), tokenizer, 3, **options, progress=lambda *n: progress.append(n)
+        tiny_model(), tokenizer, 30, **options, progress=lambda *n: progress.append(n)
     )
     assert torch.equal(before, torch.random.get_rng_state())
-    assert progress == [(2, 3), (3, 3)]
-    assert 1 <= len({e.text for e in found}) == len(found) <= 3
+    assert progress == sorted(progress)
+    assert progress[-1] == (30, 30)
+    assert len(progress) >= 3  # two texts of at most six tokens each time
+    assert sum(len(text_ids(tokenizer, e.text or "")) for e in found) >= 30
     assert all(e.text and e.messages is None for e in found)
     routed = tiny_model()
     attach(routed, RoutingConfig())
     routing_of(routed).config.calibration = [{"budget": 0.5, "threshold": 9.0}]
     set_budget(routed, 0.5)  # routers on, nothing would run
-    assert sample_texts(routed, tokenizer, 3, **options) == found
-    assert sample_texts(routed, tokenizer, 3, **options, seed=1) != found
+    assert sample_texts(routed, tokenizer, 30, **options) == found
+    assert sample_texts(routed, tokenizer, 30, **options, seed=1) != found
 
 
 def test_a_text_begins_as_texts_do(tokenizer: PreTrainedTokenizerFast) -> None:
     def begins(tokenizer: PreTrainedTokenizerFast) -> list[int]:
         model = Scripted(tokenizer, {"": "it is"})
-        assert [e.text for e in sample_texts(model, tokenizer, 2)] == ["it is"] * 2
-        ids: list[int] = model.calls[0]["input_ids"][:, 0].tolist()
+        assert {e.text for e in sample_texts(model, tokenizer, 300)} == {"it is"}
+        ids: list[int] = model.calls[0]["input_ids"].flatten().tolist()
         return ids
 
     assert begins(tokenizer) == [BOS, BOS]
     chat = tiny_tokenizer()
     chat.add_tokens("<|endoftext|>")
     assert begins(chat) == [BOS, BOS]  # its texts have a bos
-    chat.add_bos_token = False
     chat.backend_tokenizer.post_processor = None
     assert begins(chat) == [chat.convert_tokens_to_ids("<|endoftext|>")] * 2
 
@@ -186,8 +187,10 @@ def test_a_text_begins_as_texts_do(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_what_cannot_write_is_told(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(ConfigError, match="number must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="tokens must be at least 1, got 0"):
         sample_texts(model, tokenizer, 0)
+    with pytest.raises(DataError, match="ends texts where they begin"):
+        sample_texts(Scripted(tokenizer, {"": "<|im_end|>"}), tokenizer, 9)
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(DataError, match="no bos, eos or end-of-text token"):
         sample_texts(model, tokenizer, 1)

@@ -72,7 +72,7 @@ def sample_answers(
 def sample_texts(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    number: int,
+    tokens: int,
     *,
     max_new_tokens: int = 256,
     batch_size: int = 96,
@@ -84,22 +84,35 @@ def sample_texts(
 
     The same seed and batch size give the same texts; the caller's random numbers are not touched.
 
-    Returns:
-        At most so many texts: empty ones are left out.
+    Args:
+        model: the model, with routers or without.
+        tokenizer: its own.
+        tokens: how many the texts shall have together, at least.
+        max_new_tokens: of a text, at most.
+        batch_size: texts that are written side by side.
+        seed: of the drawing.
+        progress: called with tokens written, and tokens in all.
 
     Raises:
-        DataError: the tokenizer has no token that a text could begin with.
+        DataError: no token begins a text, or the model ends texts before it has begun them.
     """
-    at_least(1, number=number, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    begin, texts = [_beginning(tokenizer)], []
+    at_least(1, tokens=tokens, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    begin, texts, written = [_beginning(tokenizer)], [], 0
     with _drawing(model, seed):
-        for done in range(0, number, batch_size):
-            rows = [begin] * min(batch_size, number - done)
-            batch = continued(model, tokenizer, rows, max_new_tokens, **WRITING)
-            texts += [_decoded(tokenizer, ids) for ids in batch]
+        while written < tokens:
+            rows = min(batch_size, -(-(tokens - written) // max_new_tokens))
+            batch = continued(model, tokenizer, [begin] * rows, max_new_tokens, **WRITING)
+            new = [text for ids in batch if (text := _decoded(tokenizer, ids))]
+            if not new:
+                raise DataError(
+                    "the model ends texts where they begin, so it cannot write any; give text of "
+                    "your own with --data, and leave --own-text out"
+                )
+            texts += new
+            written += sum(len(ids) for ids in tokenizer(new, add_special_tokens=False).input_ids)
             if progress is not None:
-                progress(len(texts), number)
-    return [Example(text=text) for text in texts if text]
+                progress(min(written, tokens), tokens)
+    return [Example(text=text) for text in texts]
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> int:

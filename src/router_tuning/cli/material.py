@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from router_tuning.cli.console import bar
 from router_tuning.cli.records import write_text
 from router_tuning.data import (
@@ -23,10 +25,13 @@ from router_tuning.data import (
     make_windows,
 )
 from router_tuning.errors import DataError
-from router_tuning.sampling import sample_answers
+from router_tuning.sampling import sample_answers, sample_texts
 
 FEW_EXAMPLES = 10
 """With fewer, whole texts cannot be held back; then windows are."""
+OWN_TEXT = "own_text.jsonl"
+OWN_ROUNDS = 2
+"""How often a text of the model's own is trained on: drawing it takes longer than training."""
 OWN_PROMPTS = "prompts shipped with router-tuning, answered by the model"
 
 
@@ -49,11 +54,18 @@ class Recipe:
     seed: int
     held_out_share: float = 0.1
     """Examples (prompts) held back, of all; of the windows of a plain text, at most."""
+    own_text: float = 0.0
+    """Share of the training windows that are of texts which the model writes from nothing."""
 
     @property
     def name(self) -> str:
         """Of the data, for people and records."""
         return self.data or OWN_PROMPTS
+
+    @property
+    def own_windows(self) -> int:
+        """How many training windows are of the model's own text."""
+        return round(self.own_text * self.windows)
 
 
 @dataclass(frozen=True)
@@ -78,10 +90,17 @@ def prepare(recipe: Recipe, model: Any, tokenizer: Any, *, answers: Path | None 
     """
     held, rest = _split(recipe, model, tokenizer, answers)
     if not held:
-        return _split_windows(recipe, tokenizer, rest)
+        material = _split_windows(recipe, tokenizer, rest)
+    else:
+        material = Material(
+            _cut(recipe, tokenizer, rest, recipe.windows - recipe.own_windows),
+            _cut(recipe, tokenizer, held, recipe.held_out),
+        )
+    if not recipe.own_windows:
+        return material
+    file = None if answers is None else answers.with_name(OWN_TEXT)
     return Material(
-        _cut(recipe, tokenizer, rest, recipe.windows),
-        _cut(recipe, tokenizer, held, recipe.held_out),
+        _mixed(material.train, _own(recipe, model, tokenizer, file), recipe), material.held_out
     )
 
 
@@ -100,6 +119,35 @@ def held_back(recipe: Recipe, model: Any, tokenizer: Any, *, answers: Path) -> W
 def _split_windows(recipe: Recipe, tokenizer: Any, examples: Sequence[Example]) -> Material:
     cut = _cut(recipe, tokenizer, examples, recipe.windows + recipe.held_out)
     return Material(*cut.split(min(recipe.held_out_share, recipe.held_out / len(cut)), recipe.seed))
+
+
+def _own(recipe: Recipe, model: Any, tokenizer: Any, file: Path | None) -> Windows:
+    """Windows of what the model writes from nothing, which is kept in the file."""
+    if file is not None and file.is_file():
+        texts = load_examples(file)
+    else:
+        with bar("Writing text of the model's own") as progress:
+            texts = sample_texts(
+                model,
+                tokenizer,
+                -(-recipe.own_windows // OWN_ROUNDS) * recipe.length,
+                max_new_tokens=recipe.length,
+                seed=recipe.seed,
+                progress=progress,
+            )
+        if file is not None:
+            _keep(texts, file)
+    return make_windows(tokenizer, texts, length=recipe.length)
+
+
+def _mixed(data: Windows, own: Windows, recipe: Recipe) -> Windows:
+    """Windows of both, spread evenly; where one of them has too few, they come again."""
+    number = torch.arange(recipe.windows)
+    own_before = (number * recipe.own_windows) // recipe.windows
+    is_own = ((number + 1) * recipe.own_windows) // recipe.windows > own_before
+    both = Windows(torch.cat([data.ids, own.ids]), torch.cat([data.answer, own.answer]))
+    of_own = len(data) + own_before % len(own)
+    return both.take(torch.where(is_own, of_own, (number - own_before) % len(data)))
 
 
 def _split(
@@ -156,8 +204,8 @@ def _sampled(model: Any, tokenizer: Any, prompts: Sequence[str], recipe: Recipe)
 
 
 def _keep(examples: Sequence[Example], path: Path) -> None:
-    lines = [json.dumps({"messages": asdict(e)["messages"]}) + "\n" for e in examples]
-    write_text(path, "".join(lines))
+    rows = [{k: v for k, v in asdict(e).items() if v is not None} for e in examples]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _prompt(example: Example) -> str:

@@ -261,6 +261,18 @@ def tune(
             help="Without --data: length of an answer.",
         ),
     ] = 128,
+    own_text: Annotated[
+        float,
+        typer.Option(
+            "--own-text",
+            rich_help_panel=TEXT,
+            min=0.0,
+            max=1.0,
+            metavar="SHARE",
+            help="Share of the training text that the model writes itself, from nothing: for an "
+            "adapter that meets text of other kinds than --data too.",
+        ),
+    ] = 0.0,
     held_out: Annotated[
         int,
         typer.Option(
@@ -412,11 +424,13 @@ def _refuse(
             f"--out {out} holds {'a finished' if earlier.get('finished') else 'an interrupted'} "
             f"tuning; --resume continues it, --overwrite starts anew"
         )
-    from dataclasses import asdict
+    from dataclasses import asdict, fields
 
-    before = earlier.get("settings", {})
+    # An option that is newer than the record had its default's effect.
+    defaults = {field.name: field.default for field in fields(settings)}
+    before = {**defaults, **earlier.get("settings", {})}
     now = asdict(settings)
-    changed = [name for name in now if name not in before or now[name] != before[name]]
+    changed = [name for name in now if now[name] != before[name]]
     if changed:
         told = "; ".join(
             f"--{name.replace('_', '-')} was {before.get(name)!r} and is {now[name]!r}"

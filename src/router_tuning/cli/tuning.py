@@ -70,6 +70,7 @@ class Settings:
     lora_learning_rate: float | None = None
     prompts: int = 300
     answer_tokens: int = 128
+    own_text: float = 0.0
     held_out: int = CALIBRATION_WINDOWS
     dtype: str = "auto"
     seed: int = 0
@@ -123,6 +124,7 @@ class Settings:
             self.prompts,
             self.answer_tokens,
             self.seed,
+            own_text=self.own_text,
         )
 
 
