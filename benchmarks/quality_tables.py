@@ -32,6 +32,9 @@ STATICS = ("cosine", "greedy")
 EARLIER_ROWS = 2
 """The default of `warm_start` while it measured the harm of each unit's absence (decision 0005)."""
 
+LATER = {"own_text": False}
+"""What older tunings do not name, since it was not there."""
+
 Run = dict[str, Any]
 Curve = list[tuple[float, float]]
 """Points (kept fraction, extra loss) in order, the dense model's included."""
@@ -141,7 +144,7 @@ def _groups(runs: list[Run]) -> list[list[Run]]:
     """Runs that differ by their seed alone, the group that was run last at the end."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps([run["setting"], run["tuning"]], sort_keys=True)
+        key = json.dumps([run["setting"], {**LATER, **run["tuning"]}], sort_keys=True)
         found[key] = [*found.pop(key, []), run]
     return list(found.values())
 
@@ -174,7 +177,8 @@ def _name(run: Run) -> str:
     start = "; old start" if tuning.get("warm_start") == EARLIER_ROWS else ""
     rates = f"{tuning['learning_rate']:g} / {tuning['bias_learning_rate']:g}"
     text = tuning.get("lm_weight", 0)
-    return f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "") + start
+    own = "; half own text" if tuning.get("own_text") else ""
+    return f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "") + own + start
 
 
 def _tuned_on(run: Run) -> str:
