@@ -93,7 +93,7 @@ def _bars(axes: Any, result: Mapping[str, Any]) -> None:
     handles, labels = axes.get_legend_handles_labels()
     known = dict(zip(labels, handles, strict=True))
     axes.figure.legend(
-        known.values(), known.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+        known.values(), known.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8
     )
 
 
