@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import quality_figure
 import quality_tables
+import routing_tables
 import speed_tables
 from places import RESULTS, ROOT
 
@@ -35,6 +37,8 @@ def main() -> int:
     for model in MODELS:
         figure = ROOT / f"docs/figures/quality-{model}.png"
         quality_figure.draw(RESULTS / f"quality-{model}.json", figure)
+    for path in _routing():
+        routing_tables.draw(path, ROOT / "docs/figures")
     return 0
 
 
@@ -56,12 +60,20 @@ def readme() -> list[str]:
 
 
 def results() -> list[str]:
-    """All units, and every recipe that was run."""
+    """All units, every recipe that was run, and which layers and tokens skip."""
     parts = [quality_tables.granularities(model, "../") for model in MODELS]
     for model in MODELS:
         paths = (RESULTS / f"quality-{model}.json", RESULTS / f"quality-lm-{model}.json")
         parts += [quality_tables.everything(path, "../") for path in paths if path.exists()]
+    for path in _routing():
+        parts += routing_tables.routing(path, "../")
     return parts
+
+
+def _routing() -> list[Path]:
+    """The analyses of routing that were run."""
+    paths = [RESULTS / f"routing-analysis-{model}.json" for model in MODELS]
+    return [path for path in paths if path.exists()]
 
 
 def _filled(name: str, tables: Callable[[], list[str]]) -> str:

@@ -35,7 +35,7 @@ from tiny import SENTENCES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 BUDGETS = (0.9, 0.8, 0.7)
 FEW = ["--steps", "4", "--batch-size", "2", "--length", "32", "--held-out", "4", "--seed", "1"]
 VERBS = (
-    *("tune", "calibrate", "eval", "generate", "bench"),
+    *("tune", "calibrate", "eval", "analyse", "generate", "bench"),
     *("export", "import-official", "demo", "env"),
 )
 MEASURES = {"budget", "kept_fraction", "kept_of_routed", "loss", "answer_loss", "flops_fraction"}

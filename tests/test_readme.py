@@ -35,6 +35,7 @@ IN_PLACE_OF_COMMANDS = {
     "tune --model smollm2-135m": "tune --model base --steps 4 --length 32 --held-out 4",
     "--budgets 0.9,0.8 --compare": "--budgets 0.9,0.8 --compare --length 32 --limit 2",
     "--tasks arc_challenge,piqa": "--tasks piqa --budgets 0.8",
+    "--data chats=unseen.jsonl": "--data chats=unseen.jsonl --length 32 --limit 2",
     "--budget 0.8 --prompt": "--budget 0.8 --max-new-tokens 2 --prompt",
     "--prompt-tokens 512,2048 --batch-size 1,8": (
         "--prompt-tokens 12 --batch-size 1 --new-tokens 1 --repeats 1 --variants routed"
@@ -88,7 +89,7 @@ def test_readme_commands_run() -> None:
     code = readme_block("bash", "router-tuning tune", IN_PLACE_OF_COMMANDS)
     lines = [shlex.split(line, comments=True) for line in code.splitlines()]
     commands = [line[1:] for line in lines if line[0] == "router-tuning"]
-    verbs = ["tune", "calibrate", "eval", "eval", "generate", "bench", "export"]
+    verbs = ["tune", "calibrate", "eval", "eval", "analyse", "generate", "bench", "export"]
     verbs += ["import-official", "env"]
     assert [command[0] for command in commands] == verbs
     for command in commands:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,25 +92,98 @@ def _calibrated(
     batch_size: int,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
-    if not len(windows):
-        raise DataError("there are no windows to calibrate on; wanted at least one")
-    refuse_windows(model, "calibration")
-    config = routing_of(model).config
-    before = config.calibration, config.default_budget
+    _check_windows(model, windows)
     entries: list[dict[str, Any]] = []
-    try:
+    with _config_as_it_was(model):
         trace = _run(model, windows, 0.0, batch_size)
         for done, budget in enumerate(wanted):
-            entry, trace = _fixed_point(model, windows, budget, trace, batch_size)
+            entry, trace, _ = _fixed_point(model, windows, budget, trace, batch_size)
             entries.append(entry)
             if progress is not None:
                 progress(done + 1, len(wanted))
-    except BaseException:
-        config.calibration, config.default_budget = before
-        raise
+    config = routing_of(model).config
     config.calibration = sorted(entries, key=lambda e: float(e["budget"]))
-    config.default_budget = before[1]
     return config.calibration
+
+
+def trace_keeping(
+    model: nn.Module,
+    windows: Windows,
+    budget: float,
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: Progress | None = None,
+) -> tuple[float, Trace]:
+    """The threshold that keeps these very windows at a budget, and what ran at it. Nothing is
+    written into the config.
+
+    `progress` is called with windows done, and the most that there may be.
+
+    Raises:
+        As `calibrate_windows`.
+    """
+    _check_windows(model, windows)
+    (wanted,) = _wanted([budget])
+    passes = _Passes(len(windows), progress)
+    with _config_as_it_was(model):
+        trace = _run(model, windows, 0.0, batch_size, passes)
+        entry, _, best = _fixed_point(model, windows, wanted, trace, batch_size, passes)
+    passes.finish()
+    return float(entry["threshold"]), best
+
+
+def trace_at(
+    model: nn.Module,
+    windows: Windows,
+    threshold: float,
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: Progress | None = None,
+) -> Trace:
+    """What runs on windows at a threshold. Nothing is written into the config.
+
+    Raises:
+        DataError: there are no windows.
+        UnsupportedCallError: pooling="prompt", which needs prompts.
+    """
+    _check_windows(model, windows)
+    with _config_as_it_was(model):
+        return _run(model, windows, threshold, batch_size, progress)
+
+
+def _check_windows(model: nn.Module, windows: Windows) -> None:
+    if not len(windows):
+        raise DataError("there are no windows to calibrate on; wanted at least one")
+    refuse_windows(model, "calibration")
+
+
+@contextmanager
+def _config_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put back what the passes inside the block change."""
+    config = routing_of(model).config
+    before = config.calibration, config.default_budget
+    try:
+        yield
+    finally:
+        config.calibration, config.default_budget = before
+
+
+class _Passes:
+    """Counts the windows of several passes, of which there may be fewer in the end."""
+
+    def __init__(self, windows: int, progress: Progress | None) -> None:
+        self._done, self._most = 0, windows * (1 + MAX_PASSES)
+        self._progress = progress
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(self._done + done, self._most)
+        if done == total:
+            self._done += total
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress(self._most, self._most)
 
 
 def _warn_of_misses(model: nn.Module, windows: Windows) -> None:
@@ -153,13 +227,21 @@ def _why_missed(entry: dict[str, Any], windows: Windows) -> str:
 
 
 def _fixed_point(
-    model: nn.Module, windows: Windows, budget: float, trace: Trace, batch_size: int
-) -> tuple[dict[str, Any], Trace]:
-    """The entry of the threshold that came nearest to the budget, and the last trace."""
+    model: nn.Module,
+    windows: Windows,
+    budget: float,
+    trace: Trace,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], Trace, Trace]:
+    """The entry of the threshold that came nearest to the budget, the last trace, and that of the
+    nearest threshold.
+    """
     best: dict[str, Any] | None = None
+    nearest = trace
     for _ in range(MAX_PASSES):
         threshold = _threshold_keeping(trace, budget)
-        trace = _run(model, windows, threshold, batch_size)
+        trace = _run(model, windows, threshold, batch_size, progress)
         entry = {
             "budget": budget,
             "threshold": threshold,
@@ -168,11 +250,11 @@ def _fixed_point(
             "kept_per_unit": trace.kept_per_unit(),
         }
         if best is None or _miss(entry) < _miss(best):
-            best = entry
+            best, nearest = entry, trace
         if _miss(entry) <= TOLERANCE:
             break
     assert best is not None
-    return best, trace
+    return best, trace, nearest
 
 
 def _miss(entry: dict[str, Any]) -> float:
@@ -212,7 +294,13 @@ def _free_logits(trace: Trace) -> tuple[Tensor, int]:
     return torch.cat(parts).float().cpu(), always
 
 
-def _run(model: nn.Module, windows: Windows, threshold: float, batch_size: int) -> Trace:
+def _run(
+    model: nn.Module,
+    windows: Windows,
+    threshold: float,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Trace:
     config = routing_of(model).config
     # A table of one budget, so that the pass goes through the same door as any other call.
     config.calibration = [{"budget": 0.5, "threshold": threshold}]
@@ -225,6 +313,8 @@ def _run(model: nn.Module, windows: Windows, threshold: float, batch_size: int) 
             for start in range(0, len(windows), batch_size):
                 ids = windows.ids[start : start + batch_size].to(next(decoder.parameters()).device)
                 decoder(input_ids=ids, use_cache=False)
+                if progress is not None:
+                    progress(min(start + batch_size, len(windows)), len(windows))
     finally:
         decoder.train(was_training)
     return trace

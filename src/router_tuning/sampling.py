@@ -137,7 +137,7 @@ def _drawing(model: nn.Module, seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=gpus))
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(_routers_off(model))
+        stack.enter_context(routers_off(model))
         torch.manual_seed(seed)
         yield
 
@@ -200,7 +200,8 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return (text if tokenizer.chat_template else text.split("\nUser:")[0]).strip()
 
 
-def _routers_off(model: nn.Module) -> AbstractContextManager[None]:
+def routers_off(model: nn.Module) -> AbstractContextManager[None]:
+    """Switch off the routers of a model, if it has any, inside the block."""
     try:
         routing_of(model)
     except (

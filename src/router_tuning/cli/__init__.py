@@ -1,4 +1,4 @@
-"""The command line: `router-tuning tune | calibrate | eval | generate | bench | export | ...`.
+"""The command line: `router-tuning tune | calibrate | eval | analyse | generate | ...`.
 
 One file a verb: it parses, calls, prints. Nothing here or in those files imports torch before a
 verb runs, so `--help` is fast. Errors leave here as one line on stderr and an exit code:
@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 import router_tuning
 from router_tuning.cli import (
+    analyse,
     bench,
     calibrate,
     demo,
@@ -101,6 +102,7 @@ app = typer.Typer(
 app.command("tune")(tune.tune)
 app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(evaluate.evaluate)
+app.command("analyse")(analyse.analyse)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)

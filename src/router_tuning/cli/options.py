@@ -63,6 +63,23 @@ def names_in(text: str | None) -> tuple[str, ...]:
     return names
 
 
+def files_by_name(option: str, given: list[str]) -> dict[str, str]:
+    """`alpaca=alpaca.jsonl` and the like as file by name.
+
+    Raises:
+        ConfigError: not of that form, or a name twice.
+    """
+    files: dict[str, str] = {}
+    for item in given:
+        name, equals, file = (part.strip() for part in item.partition("="))
+        if not (name and equals and file):
+            raise ConfigError(f"{option} wants NAME=FILE, such as news=news.txt, got {item!r}")
+        if name in files:
+            raise ConfigError(f"{option} has two files of the name {name!r}; give each its own")
+        files[name] = file
+    return files
+
+
 def granularities_in(text: str) -> str | list[str]:
     """`attn_token,mlp_token` as a list of names; one name alone as it is."""
     names = [part.strip() for part in text.split(",")]
@@ -136,6 +153,7 @@ def _defaults_in(path: Path, params: list[Any]) -> dict[str, Any]:
             f"{type(content).__name__}"
         )
     names = _names_of(params)
+    several = {param.name for param in params if getattr(param, "multiple", False)}
     defaults: dict[str, Any] = {}
     for key, value in content.items():
         found = names.get(str(key).replace("-", "_"))
@@ -144,7 +162,8 @@ def _defaults_in(path: Path, params: list[Any]) -> dict[str, Any]:
             raise typer.BadParameter(f"{path}: unknown option {key!r}; this verb has {known}")
         if value is not None:
             name, opposite = found
-            defaults[name] = (not value) if opposite else _as_typed(key, value, path)
+            typed = (not value) if opposite else _as_typed(key, value, path, name in several)
+            defaults[name] = typed
     return defaults
 
 
@@ -159,8 +178,10 @@ def _names_of(params: list[Any]) -> dict[str, tuple[str, bool]]:
     return names
 
 
-def _as_typed(key: str, value: Any, path: Path) -> Any:
-    """A list is what the command line writes with commas."""
+def _as_typed(key: str, value: Any, path: Path, several: bool) -> Any:
+    """A list is what the command line writes with commas, or as an option given several times."""
+    if several and not isinstance(value, dict):
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
     if isinstance(value, list):
         return ",".join(str(item) for item in value)
     if isinstance(value, dict):

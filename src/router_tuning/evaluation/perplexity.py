@@ -76,7 +76,7 @@ def window_loss(
     with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(windows), batch_size):
             ids = windows.ids[start : start + batch_size]
-            loss_BL = _token_losses(model, ids, options)
+            loss_BL = token_losses(model, ids, options)
             answer_BL = windows.answer[start : start + batch_size, 1:]
             sums += torch.stack([loss_BL.sum(), loss_BL[answer_BL].sum()])
             if progress is not None:
@@ -87,8 +87,8 @@ def window_loss(
     return LossResult(float(sums[0]) / tokens, answer_loss, tokens, answer_tokens)
 
 
-def _token_losses(model: nn.Module, ids_BL: Tensor, options: Mapping[str, float]) -> Tensor:
-    """Loss of each token but the first: float64 (B, L-1), on the CPU."""
+def token_losses(model: nn.Module, ids_BL: Tensor, options: Mapping[str, float]) -> Tensor:
+    """Loss of each token but the first: float64 (B, L-1), on the CPU. Options go to the decoder."""
     causal: Any = unwrap(model)
     decoder = _decoder(causal)
     ids_BL = ids_BL.to(next(causal.parameters()).device)

@@ -64,7 +64,7 @@ def loss_figure(result: Mapping[str, Any], path: str | Path, title: str = "") ->
     axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     _frame(axes, result, title)
     _label(axes, ends)
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def curve(result: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
@@ -105,7 +105,7 @@ def speed_figure(result: Mapping[str, Any], path: str | Path, title: str = "") -
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def growth_figure(result: Mapping[str, Any], path: str | Path, title: str = "") -> Path:
@@ -137,7 +137,7 @@ def growth_figure(result: Mapping[str, Any], path: str | Path, title: str = "") 
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def _growth(axes: Any, cells: Sequence[Mapping[str, Any]], phase: str) -> None:
@@ -238,7 +238,12 @@ def _label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
         height += least
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write under a temporary name, then rename.
+
+    Raises:
+        RouterTuningError: the file cannot be written.
+    """
     handle = None
     try:
         handle, temporary = tempfile.mkstemp(

@@ -1,0 +1,204 @@
+"""`router-tuning analyse`: which layers and tokens skip, by domain, and how stable that is."""
+
+from __future__ import annotations
+
+import time
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from router_tuning.cli.console import show, stdout
+from router_tuning.cli.options import (
+    BaseModel,
+    BatchSize,
+    ConfigFile,
+    Debug,
+    Device,
+    Dtype,
+    JsonFile,
+    Length,
+    Seed,
+    files_by_name,
+)
+from router_tuning.cli.records import run_record, write_json
+from router_tuning.config import check_budget
+from router_tuning.errors import BudgetError, ConfigError
+
+START = "start"
+"""What the fitted start is called among the adapters."""
+
+
+def analyse(
+    ctx: typer.Context,
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            help="An adapter's folder (or hub repository). Give several, such as seeds, to compare "
+            "their decisions.",
+        ),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="NAME=FILE",
+            help="A domain's name, and text of it that the routers were not trained on. Give "
+            "several.",
+        ),
+    ],
+    budget: Annotated[
+        float,
+        typer.Option("--budget", metavar="B", help="The part of all this text to keep, below 1."),
+    ],
+    calibrated: Annotated[
+        bool,
+        typer.Option(
+            "--calibrated",
+            help="Take the adapters' calibrated thresholds instead of those that keep exactly the "
+            "budget here.",
+        ),
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Windows of each domain, at most.")
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            "--start-from",
+            metavar="FILE",
+            help="The text of training: compare with routers that are only fitted to it, as they "
+            "are before the first step.",
+        ),
+    ] = None,
+    start_rows: Annotated[
+        int, typer.Option("--start-rows", min=1, help="With --start-from: windows to fit to.")
+    ] = 128,
+    figure: Annotated[
+        Path | None,
+        typer.Option("--figure", metavar="FILE", help="Draw what is kept, by layer and by token."),
+    ] = None,
+    model: BaseModel = None,
+    batch_size: BatchSize = 8,
+    length: Length = 256,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Tell which layers and which tokens skip, domain by domain, and whether several adapters (and
+    the start of their training) decide alike.
+
+    All domains share a threshold, so one can be kept more than another.
+    """
+    started = time.time()
+    _check_budget(budget, calibrated, start_from)
+    files = files_by_name("--data", data)
+    names = adapter_names(adapter)
+    from router_tuning.cli.adapters import base_name, load_base
+    from router_tuning.cli.routing_runs import (
+        Asked,
+        check_calibrated,
+        check_one_start,
+        configs_of,
+        of_adapter,
+        of_start,
+        routed_entry,
+        start_rows_of,
+        text_entry,
+        text_of,
+    )
+    from router_tuning.data import load_examples, make_windows
+    from router_tuning.evaluation.routing_analysis import stability
+
+    configs = configs_of(adapter)
+    if calibrated:
+        check_calibrated(configs, budget)
+    if start_from is not None:
+        check_one_start(adapter, configs)
+    examples = {name: load_examples(file) for name, file in files.items()}
+    start_text = None if start_from is None else load_examples(start_from)
+    loaded = load_base(model or base_name(adapter[0]), dtype, device)
+    asked = Asked(budget, calibrated, batch_size)
+    domains = {
+        name: make_windows(loaded.tokenizer, found, length=length, limit=limit)
+        for name, found in examples.items()
+    }
+    text = text_of(loaded, domains, batch_size)
+    decided = {}
+    if start_text is not None:
+        rows = start_rows_of(loaded, start_text, length, start_rows, seed)
+        decided[START] = of_start(loaded, configs[0], rows, seed, text, asked)
+    for name, folder in zip(names, adapter, strict=True):
+        decided[name] = of_adapter(loaded, folder, name, text, asked)
+    told = dict(zip(names, configs, strict=True)) | {START: configs[0]}
+    found = {name: routed_entry(name, told[name], of, text) for name, of in decided.items()}
+    pairs = [
+        {"a": a, "b": b, **stability(decided[a], decided[b], text)}
+        for a, b in combinations(decided, 2)
+    ]
+    served = {f"measured: {name}": file for name, file in files.items()}
+    result: dict[str, Any] = {
+        "model": loaded.name,
+        "budget": budget,
+        "threshold_from": "calibration" if calibrated else "measured text",
+        "text": text_entry(text),
+        "start": found.pop(START, None),
+        "adapters": list(found.values()),
+        "pairs": pairs,
+        "run": run_record(
+            ctx,
+            started=started,
+            model=loaded.model,
+            seeds=[] if start_from is None else [seed],
+            data=served if start_from is None else {**served, "start": start_from},
+        ),
+    }
+    if json_file is not None:
+        write_json(json_file, result)
+    if figure is not None:
+        from router_tuning.report.routing_figures import routing_figure
+
+        routing_figure(result, figure)
+    _show(result)
+
+
+def _check_budget(budget: float, calibrated: bool, start_from: str | None) -> None:
+    if check_budget(budget) == 1:
+        raise BudgetError("--budget 1 keeps everything, so there is nothing to analyse; ask less")
+    if calibrated and start_from is not None:
+        raise ConfigError(
+            "--start-from compares with routers that have no calibrated thresholds: leave "
+            "--calibrated out, so that all keep exactly the budget"
+        )
+
+
+def adapter_names(adapters: list[str]) -> list[str]:
+    """The adapters' folders by their last name, or as they were given where two share it."""
+    last = [Path(folder).resolve().name if Path(folder).is_dir() else folder for folder in adapters]
+    names = adapters if len(set(last)) < len(last) or START in last else last
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--adapter names one adapter twice: {', '.join(adapters)}")
+    if START in names:
+        raise ConfigError(f"--adapter {START}: that is what the start is called; write ./{START}")
+    return names
+
+
+def _show(result: dict[str, Any]) -> None:
+    from router_tuning.report.routing_tables import routing_table, stability_table, token_table
+
+    stdout().print(routing_table(result))
+    stdout().print(token_table(result))
+    if result["pairs"]:
+        stdout().print(stability_table(result))
+    tokens = sum(text["tokens"] for text in result["text"].values())
+    show(
+        f"{tokens} tokens, thresholds from the {result['threshold_from']}. kappa: equal decisions "
+        f"over chance; of layers: what is left of it when each layer's tokens are shuffled; within "
+        f"layers: over that."
+    )
