@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, P pairs.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -184,13 +185,14 @@ class RouterDPOTrainer(RouterTrainerMixin, DPOTrainer):
         return torch.arange(len(inputs["input_ids"]) // 2).repeat(2)
 
     def _first_rows(self, number: int) -> list[dict[str, Tensor]]:
-        """The mixin's, as a forward takes them."""
-        return [
-            {
-                "input_ids": row["input_ids"],
-                "attention_mask": row["attention_mask"],
-                "labels": labels_BT,
-            }
-            for row in super()._first_rows(number)
-            if (labels_BT := self.labels_of(row)) is not None
-        ]
+        """The texts of the first pairs, each alone."""
+        found = []
+        for pair in super()._first_rows(math.ceil(number / 2)):
+            labels_BT = self.labels_of(pair)
+            assert labels_BT is not None
+            for ids_T, labels_T, mask_T in zip(
+                pair["input_ids"], labels_BT, pair["attention_mask"], strict=True
+            ):
+                real_T = mask_T.bool()
+                found.append({"input_ids": ids_T[real_T][None], "labels": labels_T[real_T][None]})
+        return found[:number]
