@@ -1,8 +1,12 @@
 """Dynamic depth for frozen Hugging Face models: tiny routers decide, per token or sequence, what
 runs.
 
-Importing the package registers its adapters with PEFT.
+Importing the package registers its adapters with PEFT. The trainers of TRL are imported when
+they are asked for: they need the extra `trl`.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from router_tuning.adapter_folder import load_adapter, save_adapter
 from router_tuning.attach import attach, detach, routing_of, set_budget
@@ -32,6 +36,12 @@ from router_tuning.training.trainer import (
     RouterTrainerMixin,
     RouterTrainingArguments,
 )
+
+if TYPE_CHECKING:
+    from router_tuning.training.trl import RouterDPOConfig as RouterDPOConfig
+    from router_tuning.training.trl import RouterDPOTrainer as RouterDPOTrainer
+    from router_tuning.training.trl import RouterSFTConfig as RouterSFTConfig
+    from router_tuning.training.trl import RouterSFTTrainer as RouterSFTTrainer
 
 __version__ = "0.1.0"
 
@@ -77,3 +87,12 @@ __all__ = [
     "set_budget",
     "window_loss",
 ]
+
+_OF_TRL = ("RouterDPOConfig", "RouterDPOTrainer", "RouterSFTConfig", "RouterSFTTrainer")
+"""Public too. Not in __all__, so that importing every name works where trl is not installed."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_TRL:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("router_tuning.training.trl"), name)

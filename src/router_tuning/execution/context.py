@@ -96,6 +96,7 @@ class ForwardContext:
     sequence_BT: Tensor | None
     """Index of the packed sequence of each token; None where a row is one sequence."""
     host_threshold_B1: Tensor
+    """The logit that each row's units need; (B, T) where the texts of a packed row need others."""
     decider: Decider | None
     record: ForwardRecord
     prompt_BT: Tensor | None = None
@@ -130,7 +131,7 @@ class ForwardContext:
 
     @functools.cached_property
     def threshold_B1(self) -> Tensor:
-        """The logit that each row's units need."""
+        """host_threshold_B1 where the units are."""
         return self.host_threshold_B1.to(self.real_BT.device)
 
     @functools.cached_property
@@ -228,8 +229,8 @@ class CallOptions:
     path: Path | None = None
     decider: Decider | None = None
     trace: Trace | None = None
-    lowered_B: Tensor | None = None
-    """By how many logits each row's threshold is lowered."""
+    lowered: Tensor | None = None
+    """By how many logits each row's threshold is lowered (B,), or each token's (B, T)."""
     weighed_keys: bool = False
     """Whether gradients reach a decision through its token's key too (masked path, kv="kept")."""
     prompt_end: int | Tensor | None = None
@@ -429,11 +430,11 @@ def execute(model: nn.Module, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def lowered_thresholds(model: nn.Module, by_B: Tensor) -> Iterator[None]:
-    """Lower each row's threshold by so many logits (B,) inside the block: training at more than one
-    budget.
+def lowered_thresholds(model: nn.Module, by: Tensor) -> Iterator[None]:
+    """Lower each row's threshold by so many logits (B,) inside the block, or each token's (B, T)
+    where rows are packed: training at more than one budget.
     """
-    with _with_options(model, lowered_B=by_B):
+    with _with_options(model, lowered=by):
         yield
 
 
@@ -485,7 +486,7 @@ def open_forward(
     column_T = torch.arange(start, start + length, device=inputs.device)
     sequence_BT = None
     if mask is None and position_ids is not None:
-        sequence_BT = _packed(position_ids.expand(batch, -1))
+        sequence_BT = packed_texts(position_ids.expand(batch, -1))
     real_BT = (
         torch.ones((batch, length), dtype=torch.bool, device=inputs.device)
         if real_BC is None
@@ -502,7 +503,7 @@ def open_forward(
         column_T=column_T,
         real_BC=real_BC,
         sequence_BT=sequence_BT,
-        host_threshold_B1=_threshold_column(thresholds, batch, options.lowered_B),
+        host_threshold_B1=_threshold_column(thresholds, batch, options.lowered),
         weighed_keys=options.weighed_keys,
         decider=options.decider,
         record=ForwardRecord(start, real_BT, routing.config.kv == "kept", sequence_BT=sequence_BT),
@@ -532,7 +533,7 @@ def _padding(
     return None if bool(real_BC.all()) else real_BC
 
 
-def _packed(position_BT: Tensor) -> Tensor | None:
+def packed_texts(position_BT: Tensor) -> Tensor | None:
     """Index of the packed sequence of each token, where position ids start again; None if they
     never do.
     """
@@ -551,7 +552,7 @@ def _positions(
     return column_T - torch.where(begins_BT, column_T, 0).cummax(1).values
 
 
-def _threshold_column(thresholds: list[float], batch: int, lowered_B: Tensor | None) -> Tensor:
+def _threshold_column(thresholds: list[float], batch: int, lowered: Tensor | None) -> Tensor:
     if not thresholds or batch % len(thresholds):
         raise BudgetError(
             f"budget must be one number or one a row: got {len(thresholds)} budgets for {batch} "
@@ -560,7 +561,9 @@ def _threshold_column(thresholds: list[float], batch: int, lowered_B: Tensor | N
     # Beams and num_return_sequences repeat the rows of a batch.
     values = torch.tensor(thresholds, dtype=torch.float32)
     column_B1 = values.repeat_interleave(batch // len(thresholds))[:, None]
-    return column_B1 if lowered_B is None else column_B1 - lowered_B.cpu()[:, None]
+    if lowered is None:
+        return column_B1
+    return column_B1 - lowered.cpu().view(batch, -1)
 
 
 def default_path(decoder: nn.Module, routing: Routing) -> Path:

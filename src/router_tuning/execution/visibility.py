@@ -52,12 +52,19 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_packed(mask: Any, context: ForwardContext) -> None:
-    """Refuse packed texts that a model's own mask (B or 1, h, T, K) does not tell apart."""
-    if context.sequence_BT is None or not isinstance(mask, Tensor) or mask.ndim != 4:
+    """Refuse packed texts that a model's own mask (B or 1, h, T, K) does not tell apart. Without a
+    mask, flash attention goes by positions, and the others by nothing.
+    """
+    if context.sequence_BT is None:
         return
-    visible = mask if mask.dtype == torch.bool else mask >= 0
-    across_BTT = context.sequence_BT[:, :, None] != context.sequence_BT[:, None, :]
-    if bool((visible & across_BTT[:, None]).any()):
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        visible = mask if mask.dtype == torch.bool else mask >= 0
+        across_BTT = context.sequence_BT[:, :, None] != context.sequence_BT[:, None, :]
+        mixed = bool((visible & across_BTT[:, None]).any())
+    else:
+        implementation = context.decoder.config._attn_implementation  # type: ignore[union-attr]
+        mixed = mask is None and implementation in ("sdpa", "eager")
+    if mixed:
         raise UnsupportedCallError(
             f"position_ids start again within a row, as where texts are packed, but "
             f"{type(context.decoder).__name__} lets each see the one before; give each text a row "

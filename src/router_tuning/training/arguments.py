@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -21,6 +21,9 @@ OBJECTIVES = ("distill", "lm")
 @dataclass
 class RouterTrainingArguments(TrainingArguments):
     """Arguments of a router training; defaults that differ from transformers' are here too."""
+
+    objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+    """What `objective` can be."""
 
     objective: str = field(
         default="distill",
@@ -64,9 +67,9 @@ class RouterTrainingArguments(TrainingArguments):
     threshold_range: float = field(
         default=2.0,
         metadata={
-            "help": "Every second row of a batch decides at a threshold lowered by up to so many "
-            "logits, so that the adapter learns larger budgets too; these rows do not count "
-            "towards its own. 0 trains that one only, as do batches of one row."
+            "help": "Every second text of a batch decides at a threshold lowered by up to so many "
+            "logits, so that the adapter learns larger budgets too; these texts do not count "
+            "towards its own. 0 trains that one only, as do batches of one text."
         },
     )
     lm_weight: float = field(
@@ -140,9 +143,9 @@ class RouterTrainingArguments(TrainingArguments):
         self._check()
 
     def _check(self) -> None:
-        if self.objective not in OBJECTIVES:
+        if self.objective not in self.objectives:
             raise ConfigError(
-                f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
+                f"objective must be one of {', '.join(self.objectives)}, got {self.objective!r}"
             )
         if self.budget is not None:
             self.budget = check_budget(self.budget)

@@ -37,15 +37,17 @@ class Kept:
         return self.executions / self.possible.clamp(min=1)
 
 
-def count_kept(forward: ForwardRecord, num_units: int, rows_B: Tensor | None = None) -> Kept:
+def count_kept(forward: ForwardRecord, num_units: int, counted: Tensor | None = None) -> Kept:
     """Count a forward's executions over all `num_units` units of the kinds and all real tokens.
 
     Args:
         forward: the record.
         num_units: units of the routed kinds in the model, routed or not.
-        rows_B: bool (B,), the rows that count. None counts all.
+        counted: bool, the rows (B,) or tokens (B, T) that count. None counts all.
     """
-    real_BT = forward.real_BT if rows_B is None else forward.real_BT & rows_B[:, None]
+    real_BT = forward.real_BT
+    if counted is not None:
+        real_BT = real_BT & (counted if counted.ndim == 2 else counted[:, None])
     real = real_BT.sum().float()
     executions = (num_units - len(forward.units)) * real
     for unit in forward.units.values():

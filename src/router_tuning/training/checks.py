@@ -19,9 +19,9 @@ from router_tuning.training.safety import check_writable
 from router_tuning.units import decoder_layers, decoder_of
 
 
-def check_arguments(args: Any) -> None:
-    if not isinstance(args, RouterTrainingArguments):
-        raise ConfigError(f"args must be RouterTrainingArguments, got {type(args).__name__}")
+def check_arguments(args: Any, wanted: type[RouterTrainingArguments]) -> None:
+    if not isinstance(args, wanted):
+        raise ConfigError(f"args must be {wanted.__name__}, got {type(args).__name__}")
     if args.n_gpu > 1:
         raise ConfigError(
             "several GPUs in one process (nn.DataParallel) are not supported; start one process a "

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, N chosen positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,6 +62,28 @@ def head_of(model: nn.Module) -> Head:
     return lambda hidden_ND: torch.tanh(embedding(hidden_ND) * scale / cap) * cap
 
 
+@dataclass
+class Predictions:
+    """What can be said of the predictions of labelled tokens, summed while their logits are there;
+    one rank's.
+    """
+
+    entropy: Tensor | float = 0.0
+    """Of the predicted distributions, in nats."""
+    correct: Tensor | float = 0.0
+    """How often the token was the likeliest."""
+    number: Tensor | float = 0.0
+
+    @torch.no_grad()
+    def add(self, logits_nV: Tensor, target_n: Tensor) -> None:
+        """Take in the predictions of some tokens, IGNORED ones among them."""
+        labelled_n = target_n != IGNORED
+        logits_nV, target_n = logits_nV[labelled_n], target_n[labelled_n]
+        self.entropy += torch.special.entr(logits_nV.softmax(-1)).sum()
+        self.correct += (logits_nV.argmax(-1) == target_n).sum()
+        self.number += len(target_n)
+
+
 def distill_loss(
     student_ND: Tensor,
     teacher_ND: Tensor,
@@ -68,12 +91,13 @@ def distill_loss(
     *,
     target_N: Tensor | None = None,
     lm_weight: float = 0.0,
+    predictions: Predictions | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Mean KL(teacher || student) over the positions in nats; gradient to the student only.
 
     With `target_N` (the next tokens, -100 for none) the cross entropy to them is added,
-    `lm_weight` times.
+    `lm_weight` times. `predictions` takes in what the student says of them.
     """
 
     def kl(hidden_nD: Tensor, start: int) -> Tensor:
@@ -82,24 +106,34 @@ def distill_loss(
             teacher_nV = head(teacher_ND[some]).float().log_softmax(-1)
         student_nV = head(hidden_nD).float().log_softmax(-1)
         loss = functional.kl_div(student_nV, teacher_nV, reduction="sum", log_target=True)
-        if target_N is None or not lm_weight:
+        if target_N is None:
             return loss
         target_n = target_N[some]
+        if predictions is not None:
+            predictions.add(student_nV, target_n)
+        if not lm_weight:
+            return loss
         return loss + lm_weight * functional.nll_loss(student_nV, target_n, reduction="sum")
 
     return _sum_over_chunks(student_ND, kl, head, chunk_bytes) / max(len(student_ND), 1)
 
 
 def lm_loss(
-    hidden_ND: Tensor, target_N: Tensor, head: Head, *, chunk_bytes: int = CHUNK_BYTES
+    hidden_ND: Tensor,
+    target_N: Tensor,
+    head: Head,
+    *,
+    predictions: Predictions | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Sum of the cross entropies to the target tokens, in nats."""
 
     def cross_entropy(hidden_nD: Tensor, start: int) -> Tensor:
         logits_nV = head(hidden_nD).float()
-        return functional.cross_entropy(
-            logits_nV, target_N[start : start + len(hidden_nD)], reduction="sum"
-        )
+        target_n = target_N[start : start + len(hidden_nD)]
+        if predictions is not None:
+            predictions.add(logits_nV, target_n)
+        return functional.cross_entropy(logits_nV, target_n, reduction="sum")
 
     return _sum_over_chunks(hidden_ND, cross_entropy, head, chunk_bytes)
 

@@ -32,11 +32,13 @@ from router_tuning.errors import TrainingError
 from router_tuning.execution.context import (
     dense,
     lowered_thresholds,
+    packed_texts,
     prompts_until,
     record,
     routing_of,
 )
 from router_tuning.execution.prompts import label_starts
+from router_tuning.record import ForwardRecord
 from router_tuning.training.arguments import RouterTrainingArguments
 from router_tuning.training.budget import (
     Kept,
@@ -54,6 +56,7 @@ from router_tuning.training.checks import (
 )
 from router_tuning.training.objectives import (
     Head,
+    Predictions,
     distill_loss,
     head_of,
     lm_loss,
@@ -82,12 +85,14 @@ class RouterTrainerMixin(_Trainer):
     """Adds the budget term to a Trainer's loss, and looks after the routers' checkpoints."""
 
     args: RouterTrainingArguments
+    arguments: type[RouterTrainingArguments] = RouterTrainingArguments
+    """The class that `args` are of."""
 
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        args = RouterTrainingArguments() if args is None else args
-        check_arguments(args)
+        args = self.arguments() if args is None else args
+        check_arguments(args, self.arguments)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-        super().__init__(model, args, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)
         check_model(self.routed, args)
         self._use_cache = use_cache
         self._folder = str(args.output_dir)
@@ -104,6 +109,7 @@ class RouterTrainerMixin(_Trainer):
         self._sums: dict[str, float] = defaultdict(float)
         self._evaluated = [0.0, 0.0]
         self._head_checked = False
+        self._predictions: Predictions | None = None
         self.add_callback(_StepWatch(self))
 
     @property
@@ -122,20 +128,20 @@ class RouterTrainerMixin(_Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss, plus the budget term where gradients are wanted."""
-        lowered_B = self._lowered(inputs)
-        labels_BT = inputs.get("labels")
+        lowered = self._lowered(inputs)
+        labels_BT = self.labels_of(inputs)
         with (
             record(self.routed) as trace,
-            lowered_thresholds(self.routed, lowered_B),
+            lowered_thresholds(self.routed, lowered),
             # The objectives' forwards get no labels, which say where prompts end.
             prompts_until(self.routed, None if labels_BT is None else label_starts(labels_BT)),
         ):
-            task, outputs = self.task_loss(model, inputs, num_items_in_batch)
+            task, outputs = self.task_loss(model, inputs, num_items_in_batch, return_outputs)
         if not trace.forwards:
             raise TrainingError(
                 "the routers are switched off (disable_adapter?), so there is nothing to train"
             )
-        kept = count_kept(trace.forwards[-1], trace.num_units, lowered_B == 0)
+        kept = count_kept(_counted(trace.forwards), trace.num_units, lowered == 0)
         if torch.is_grad_enabled():
             # A loss over all tokens of the optimizer step is not divided by the Trainer; a mean is.
             parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
@@ -149,15 +155,60 @@ class RouterTrainerMixin(_Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def task_loss(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+        return_outputs: bool = False,
     ) -> tuple[Tensor, Any]:
-        """The objective without the budget, and the outputs; the routed forward comes last."""
+        """The objective without the budget, from one routed forward; and its outputs, which may be
+        None unless they are asked for: some Trainers run the model again to make them.
+        """
         if self.args.objective == "distill":
             return self._distill(model, inputs)
-        loss_and_outputs: Any = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        return loss_and_outputs
+        loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss if return_outputs else (loss, None)
+
+    def labels_of(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The labels of a batch, which say where prompts end: (B, T). None where there are none."""
+        return inputs.get("labels")
+
+    def texts_of(self, inputs: dict[str, Any]) -> Tensor:
+        """The number of the text that each row is, (B,), or that each token belongs to in packed
+        rows, (B, T). Those of one number decide at one threshold.
+        """
+        rows = len(next(iter(inputs.values())))
+        position_BT = inputs.get("position_ids")
+        if position_BT is None or inputs.get("attention_mask") is not None:
+            return torch.arange(rows)
+        within_BT = packed_texts(position_BT.expand(rows, -1).cpu())
+        if within_BT is None:
+            return torch.arange(rows)
+        ends_B = (within_BT[:, -1] + 1).cumsum(0)
+        return within_BT + (ends_B - within_BT[:, -1] - 1)[:, None]
+
+    def _lm(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
+        """Cross entropy to the labels, never with the logits of all positions at once."""
+        if "labels" not in inputs:
+            raise TrainingError(
+                f'objective "lm" needs labels, but the batch has only {", ".join(inputs)}; add '
+                'labels (-100 where there is no loss), or use objective "distill", which needs '
+                "none"
+            )
+        inputs = dict(inputs)
+        labels_BT = inputs.pop("labels")
+        hidden_BTD, outputs = self._hidden(model, inputs)
+        hidden_ND, target_N = shifted_targets(hidden_BTD, labels_BT)
+        with self.accelerator.autocast():
+            head = self._logits_of(hidden_BTD, outputs)
+            loss = lm_loss(hidden_ND, target_N, head, predictions=self._predictions)
+        if num_items_in_batch is None:
+            return loss / max(len(target_N), 1), outputs
+        # Counted over all ranks; data parallelism then takes the mean of the ranks' gradients.
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss * ranks / num_items_in_batch, outputs
 
     def _distill(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         labels_BT = inputs.get("labels", inputs.get("input_ids"))
@@ -175,6 +226,7 @@ class RouterTrainerMixin(_Trainer):
                 head,
                 target_N=target_N,
                 lm_weight=self.args.lm_weight if torch.is_grad_enabled() else 0.0,
+                predictions=self._predictions,
             )
         return loss, outputs
 
@@ -230,12 +282,15 @@ class RouterTrainerMixin(_Trainer):
         return chosen_N.view_as(real_BT)
 
     def _lowered(self, inputs: dict[str, Any]) -> Tensor:
-        """By how much each row's threshold is lowered: in training every second row's, (B,)."""
-        lowered_B = torch.zeros(len(next(iter(inputs.values()))))
+        """By how much thresholds are lowered, in training those of every second text: (B,), or
+        (B, T) where rows are packed.
+        """
+        text = self.texts_of(inputs)
+        lowered_S = torch.zeros(int(text.max()) + 1)
         if torch.is_grad_enabled():
-            drawn_B = 1 - torch.rand(len(lowered_B), generator=self._generator())  # in (0, 1]
-            lowered_B[1::2] = self.args.threshold_range * drawn_B[1::2]
-        return lowered_B.to(self.args.device)
+            drawn_S = 1 - torch.rand(len(lowered_S), generator=self._generator())  # in (0, 1]
+            lowered_S[1::2] = self.args.threshold_range * drawn_S[1::2]
+        return lowered_S[text].to(self.args.device)
 
     def _generator(self) -> torch.Generator:
         """Random numbers that seed, step, micro-batch and rank fix, so that a resumed run draws the
@@ -479,7 +534,11 @@ class RouterTrainer(RouterTrainerMixin, Trainer):
     """
 
     def task_loss(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+        return_outputs: bool = False,
     ) -> tuple[Tensor, Any]:
         """As the mixin's, but cross entropy never makes the logits of all positions at once."""
         if (
@@ -487,24 +546,8 @@ class RouterTrainer(RouterTrainerMixin, Trainer):
             or self.label_smoother is not None
             or self.compute_loss_func is not None
         ):
-            return super().task_loss(model, inputs, num_items_in_batch)
-        if "labels" not in inputs:
-            raise TrainingError(
-                f'objective "lm" needs labels, but the batch has only {", ".join(inputs)}; add '
-                'labels (-100 where there is no loss), or use objective "distill", which needs '
-                "none"
-            )
-        inputs = dict(inputs)
-        labels_BT = inputs.pop("labels")
-        hidden_BTD, outputs = self._hidden(model, inputs)
-        hidden_ND, target_N = shifted_targets(hidden_BTD, labels_BT)
-        with self.accelerator.autocast():
-            loss = lm_loss(hidden_ND, target_N, self._logits_of(hidden_BTD, outputs))
-        if num_items_in_batch is None:
-            return loss / max(len(target_N), 1), outputs
-        # Counted over all ranks; data parallelism then takes the mean of the ranks' gradients.
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss * ranks / num_items_in_batch, outputs
+            return super().task_loss(model, inputs, num_items_in_batch, return_outputs)
+        return self._lm(model, inputs, num_items_in_batch)
 
 
 class _StepWatch(TrainerCallback):
@@ -537,6 +580,18 @@ class _StepWatch(TrainerCallback):
         trainer._mid_update = False
         trainer._micro_batch = 0
         trainer._good = replace(trainer._running)
+
+
+def _counted(forwards: list[ForwardRecord]) -> ForwardRecord:
+    """The forward that the budget counts: the last that gradients go through, since a Trainer may
+    run the model again for what it logs; the last of all where there are no gradients.
+    """
+
+    def trains(forward: ForwardRecord) -> bool:
+        gates = [unit.soft_BT for unit in forward.units.values()]
+        return any(gate is not None and gate.requires_grad for gate in gates)
+
+    return ([forward for forward in forwards if trains(forward)] or forwards)[-1]
 
 
 def _advance(shown: Any, done: int, total: int) -> None:
