@@ -68,7 +68,7 @@ TOLD = (
     "lm_weight",
 )
 """Arguments of a training whose defaults a result names."""
-LATER = {"lm_weight": 0.0, "own_text": False}
+LATER = {"lm_weight": 0.0, "own_text": 0.0}
 """What older results do not name, since it was not there."""
 
 
@@ -140,8 +140,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--own-text",
         metavar="FILE",
-        help="half of the training windows are of this text, which sample_texts made",
+        help="some of the training windows are of this text, which sample_texts made",
     )
+    parser.add_argument("--own-share", type=float, default=0.5, help="how many of them, of 1")
     parser.add_argument("--positions", type=float, default=0.25)
     parser.add_argument("--dtype", default="float32", help="of the training; losses are float32")
     parser.add_argument("--attention", default="sdpa", help="implementation, in training")
@@ -196,7 +197,7 @@ def _prepare(options: argparse.Namespace) -> Bench:
         name, _, file = item.partition("=")
         report[name] = make_windows(tokenizer, load_examples(file), limit=options.report_windows)
     needed = options.steps * options.batch_size if options.settings else 1
-    train = _mixed(make_windows(tokenizer, rest, limit=needed), tokenizer, options.own_text)
+    train = _mixed(make_windows(tokenizer, rest, limit=needed), tokenizer, options)
     return Bench(
         options,
         trained,
@@ -208,14 +209,17 @@ def _prepare(options: argparse.Namespace) -> Bench:
     )
 
 
-def _mixed(train: Windows, tokenizer: Any, own_text: str | None) -> Windows:
-    """As many windows, every second one of the model's own text, over and over if it is short."""
-    if own_text is None:
+def _mixed(train: Windows, tokenizer: Any, options: argparse.Namespace) -> Windows:
+    """As many windows, a share of them of the model's own text, over and over if it is short."""
+    if options.own_text is None:
         return train
-    own = make_windows(tokenizer, load_examples(own_text))
-    numbers = torch.arange(len(train) // 2)
+    own = make_windows(tokenizer, load_examples(options.own_text))
+    number = torch.arange(len(train))
+    own_before = (number * options.own_share).long()
+    is_own = ((number + 1) * options.own_share).long() > own_before
     both = Windows(*(torch.cat([getattr(w, n) for w in (train, own)]) for n in ("ids", "answer")))
-    return both.take(torch.stack([numbers, len(train) + numbers % len(own)], dim=1).flatten())
+    of_own = len(train) + own_before % len(own)
+    return both.take(torch.where(is_own, of_own, number - own_before))
 
 
 def _describe(document: dict[str, Any], bench: Bench) -> None:
@@ -313,7 +317,7 @@ def _tuning(options: argparse.Namespace) -> dict[str, Any]:
             if field.name in TOLD
         },
         **options.argument,
-        "own_text": options.own_text is not None,
+        "own_text": 0.0 if options.own_text is None else options.own_share,
     }
 
 

@@ -32,7 +32,7 @@ STATICS = ("cosine", "greedy")
 EARLIER_ROWS = 2
 """The default of `warm_start` while it measured the harm of each unit's absence (decision 0005)."""
 
-LATER = {"own_text": False}
+LATER = {"own_text": 0.0}
 """What older tunings do not name, since it was not there."""
 
 Run = dict[str, Any]
@@ -177,7 +177,8 @@ def _name(run: Run) -> str:
     start = "; old start" if tuning.get("warm_start") == EARLIER_ROWS else ""
     rates = f"{tuning['learning_rate']:g} / {tuning['bias_learning_rate']:g}"
     text = tuning.get("lm_weight", 0)
-    own = "; half own text" if tuning.get("own_text") else ""
+    share = tuning.get("own_text", 0)
+    own = f"; own text {share:.0%}" if share else ""
     return f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "") + own + start
 
 
