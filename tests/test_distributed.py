@@ -304,6 +304,45 @@ def test_gradients_of_sharded_layers_are_those_of_one_process(
         assert kept == trainer._sums["kept"]
 
 
+def shard_by_recipe() -> None:
+    """Let accelerate shard by recipes/accelerate/fsdp2.yaml. It does so on GPUs only: make it take
+    these processes for some.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    recipe = yaml.safe_load((RECIPES / "accelerate" / "fsdp2.yaml").read_text())
+    settings = {name.upper(): str(value) for name, value in recipe["fsdp_config"].items()}
+    os.environ.update(settings, ACCELERATE_USE_FSDP="true")
+    state: Any = PartialState
+    state._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    state.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
+def train_sharded(folder: Path) -> list[dict[str, Any]]:
+    """What one of two processes finds: at the end of a training, and resumed from its middle."""
+    shard_by_recipe()
+    found = []
+    for checkpoint in (None, str(folder / "checkpoint-2")):
+        trainer = trainer_in(folder, 2, **CASES["accumulated"])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        result = outcome(trainer)
+        result["routers"] = {n: p.full_tensor() for n, p in result["routers"].items()}
+        found.append(result)
+    return found
+
+
+def test_sharded_processes_train_and_resume_as_one(one: dict[str, Any], tmp_path: Path) -> None:
+    found = together(train_sharded, tmp_path)
+    for whole, resumed in found:
+        assert_same(whole, one["accumulated"])
+        for name, parameter in one["accumulated"]["routers"].items():
+            torch.testing.assert_close(resumed["routers"][name], parameter, **CLOSE)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "checkpoint-4", is_trainable=True)
+    for name, parameter in trainable(loaded).items():
+        torch.testing.assert_close(parameter, one["accumulated"]["routers"][name], **CLOSE)
+
+
 def test_fsdp_of_version_1_is_refused() -> None:
     check_engine(SimpleNamespace(distributed_type="FSDP", is_fsdp2=True))
     check_engine(SimpleNamespace(distributed_type="MULTI_CPU", is_fsdp2=False))
@@ -405,7 +444,7 @@ def test_accelerate_reads_the_recipe(engine: str) -> None:
     config = load_config_from_file(str(path))
     assert config.num_processes == 2
     head = path.read_text().splitlines()[0]
-    assert head.startswith("# Tested" if engine == "ddp" else "# Untested")
+    assert head.startswith("# Tested" if engine in ("ddp", "fsdp2") else "# Untested")
     stages = yaml.safe_load(path.read_text()).get("deepspeed_config", {})
     assert stages.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(engine)
     if engine == "fsdp2":
