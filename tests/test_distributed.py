@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from test_trainer import (
     trainable,
     trainer_of,
 )
-from tiny import tiny_model
+from tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32" or not torch.distributed.is_gloo_available(),
@@ -449,6 +450,34 @@ def test_accelerate_reads_the_recipe(engine: str) -> None:
     assert stages.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(engine)
     if engine == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
+
+
+@pytest.mark.slow
+def test_the_script_trains_in_two_processes(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"text": sentence}) for sentence in SENTENCES * 8]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(RECIPES / "accelerate" / "ddp.yaml"), str(RECIPES / "tune.py")]
+    told = {
+        "model": tmp_path / "model",
+        "data": tmp_path / "data.jsonl",
+        "output_dir": tmp_path / "out",
+        "length": 16,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+    }
+    options = [word for name, value in told.items() for word in (f"--{name}", str(value))]
+    source = {"PYTHONPATH": str(RECIPES.parent / "src"), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*launch, *options], env=os.environ | source, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / STATE_FILE).read_text())
+    assert state["layout"]["processes"] == 2
+    PeftModel.from_pretrained(tiny_model(), tmp_path / "out")
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
