@@ -186,7 +186,7 @@ def test_every_second_row_learns_a_larger_budget(tmp_path: Path) -> None:
 
     def look(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if CONTEXT_KEY in kwargs:  # the teacher's forward has none
-            seen.append(kwargs[CONTEXT_KEY].threshold_B1[:, 0])
+            seen.append(kwargs[CONTEXT_KEY].context.threshold_B1[:, 0])
 
     decoder_layers(decoder_of(model))[0].register_forward_pre_hook(look, with_kwargs=True)
     for step in (5, 5, 6):

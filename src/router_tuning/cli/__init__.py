@@ -12,6 +12,7 @@ verb runs, so `--help` is fast. Errors leave here as one line on stderr and an e
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -127,6 +128,13 @@ def _root(
     ] = False,
 ) -> None:
     """Tiny routers that skip attention where a frozen language model does not need it."""
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ConfigError(
+            f"router-tuning runs in one process, but a launcher started "
+            f"{os.environ['WORLD_SIZE']}; train in several with "
+            f"`accelerate launch recipes/tune.py` (recipes/README.md), then calibrate and evaluate "
+            f"the adapter in one"
+        )
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from router_tuning.execution.context import (
     original_forward,
     routing_of,
 )
-from router_tuning.execution.handover import opened
+from router_tuning.execution.handover import Sent, opened
 from router_tuning.execution.prompts import NO_CACHE, pools_everything, prompt_of
 from router_tuning.units import cache_argument, decoder_layers, family_of
 
@@ -65,7 +65,7 @@ def enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # others; a unit needs to see all. The causal LM picks the tokens again.
         kwargs["logits_to_keep"] = 0
     if family_of(decoder).keywords:
-        kwargs[CONTEXT_KEY] = context
+        kwargs[CONTEXT_KEY] = Sent(context)
     elif context.masked and _checkpoints_activations(decoder):
         raise UnsupportedCallError(
             f"activation checkpointing runs layers of {type(decoder).__name__} again without what "

@@ -32,6 +32,19 @@ _gate: contextvars.ContextVar[tuple[str, Tensor] | None] = contextvars.ContextVa
 )
 
 
+class Sent:
+    """A context on its way to a layer, among its keyword arguments.
+
+    Not a dataclass: of those that hold tensors FSDP2 makes a copy for each layer, and what a layer
+    records in a copy is lost.
+    """
+
+    __slots__ = ("context",)
+
+    def __init__(self, context: ForwardContext) -> None:
+        self.context = context
+
+
 @contextmanager
 def opened(context: ForwardContext | None) -> Iterator[None]:
     """Leave the context at the door for all units of the forward inside the block."""
@@ -46,8 +59,8 @@ def handed_in(kwargs: dict[str, Any]) -> ForwardContext | None:
     """The context among keyword arguments, taken out, or else at the door; None outside a routed
     forward.
     """
-    context: ForwardContext | None = kwargs.pop(CONTEXT_KEY, None)
-    return _forward.get() if context is None else context
+    sent: Sent | None = kwargs.pop(CONTEXT_KEY, None)
+    return _forward.get() if sent is None else sent.context
 
 
 def hand_over(attention: nn.Module, context: ForwardContext | None) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from router_tuning.errors import TrainingError
 from router_tuning.record import ForwardRecord
 
 STATE_FILE = "router_trainer_state.json"
-"""The running mean of the kept fraction, in a checkpoint."""
+"""The running mean of the kept fraction and the layout of processes, in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,13 @@ class RunningKept:
         self.possible += possible
         return self.executions / max(self.possible, 1e-12)
 
-    def save(self, checkpoint: Path) -> None:
-        """Write it into a checkpoint's folder, beside transformers' own files."""
+    def save(self, checkpoint: Path, **beside: Any) -> None:
+        """Write it into a checkpoint's folder, beside transformers' own files. In the same file may
+        stand other things.
+        """
         checkpoint.mkdir(parents=True, exist_ok=True)
         temporary = checkpoint / (STATE_FILE + ".tmp")
-        temporary.write_text(json.dumps({"running_kept": asdict(self)}))
+        temporary.write_text(json.dumps({"running_kept": asdict(self), **beside}))
         os.replace(temporary, checkpoint / STATE_FILE)
 
     @classmethod

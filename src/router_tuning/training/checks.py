@@ -15,6 +15,7 @@ from router_tuning.execution.context import routers_of, routing_of
 from router_tuning.execution.prompts import pools_everything
 from router_tuning.lora import lora_parameters
 from router_tuning.training.arguments import REENTRANT, RouterTrainingArguments
+from router_tuning.training.processes import check_launch
 from router_tuning.training.safety import check_writable
 from router_tuning.units import decoder_layers, decoder_of
 
@@ -27,6 +28,7 @@ def check_arguments(args: Any, wanted: type[RouterTrainingArguments]) -> None:
             "several GPUs in one process (nn.DataParallel) are not supported; start one process a "
             "GPU with `torchrun --nproc-per-node`, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
         )
+    check_launch(args)
     if args.should_save:
         check_writable(str(args.output_dir))
 

@@ -57,9 +57,33 @@ def head_of(model: nn.Module) -> Head:
     scale = float(getattr(config, "logit_scale", None) or 1)
     scale /= float(getattr(config, "logits_scaling", None) or 1)
     cap: float | None = getattr(config, "final_logit_softcapping", None)
+    embed = _gathered(embedding)
     if not cap:
-        return embedding if scale == 1 else lambda hidden_ND: embedding(hidden_ND) * scale
-    return lambda hidden_ND: torch.tanh(embedding(hidden_ND) * scale / cap) * cap
+        return embed if scale == 1 else lambda hidden_ND: embed(hidden_ND) * scale
+    return lambda hidden_ND: torch.tanh(embed(hidden_ND) * scale / cap) * cap
+
+
+def _gathered(embedding: nn.Module) -> Head:
+    """The output embedding as a function, of its whole weights where FSDP2 has sharded them.
+
+    A loss is worked out outside the model's forward, where nothing gathers them; and a call of an
+    embedding that is a shard of its own would end FSDP's backward pass with the gradients that the
+    loss takes in its forward pass.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return embedding
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    sharded = any(isinstance(p, DTensor) for p in embedding.parameters())
+    if not sharded and not isinstance(embedding, FSDPModule):
+        return embedding
+    weights: dict[str, Tensor] = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for name, p in embedding.named_parameters()
+    }
+    return lambda hidden_ND: functional.linear(hidden_ND, weights["weight"], weights.get("bias"))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -15,13 +16,17 @@ from typing import Any
 from router_tuning.errors import TrainingError
 
 LAST_FILE = "trainer_state.json"
-"""transformers writes this last, so a checkpoint without it was cut short."""
+"""transformers writes this last, so a checkpoint without it, or with a part of it, was cut
+short."""
 
 
 class StopRequest:
     """Whether Ctrl-C was pressed once."""
 
     asked = False
+    """In this process."""
+    agreed = False
+    """All processes know that it was pressed in one of them, and stop after the same step."""
 
 
 @contextmanager
@@ -30,7 +35,7 @@ def stop_on_interrupt(request: StopRequest) -> Iterator[None]:
 
     Leaves a handler that the application has set alone, and does nothing outside the main thread.
     """
-    request.asked = False
+    request.asked = request.agreed = False
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -55,9 +60,16 @@ def last_complete_checkpoint(output_dir: str) -> Path | None:
     found = [
         (int(match[1]), path)
         for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / LAST_FILE).is_file()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _is_complete(path)
     ]
     return max(found)[1] if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        return isinstance(json.loads((checkpoint / LAST_FILE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def check_writable(folder: str) -> None:

@@ -64,6 +64,13 @@ from router_tuning.training.objectives import (
     shifted_targets,
 )
 from router_tuning.training.optimizer import SPREAD_ROWS, input_spread, parameter_groups
+from router_tuning.training.processes import (
+    Layout,
+    any_process,
+    check_engine,
+    check_layout,
+    layout_of,
+)
 from router_tuning.training.safety import (
     StopRequest,
     last_complete_checkpoint,
@@ -80,6 +87,11 @@ else:
 
 __all__ = ["RouterTrainer", "RouterTrainerMixin", "RouterTrainingArguments"]
 
+APART = (
+    "this process stopped before the others knew, so nothing new was saved; "
+    "resume_from_checkpoint=True continues from the last checkpoint on disk"
+)
+
 
 class RouterTrainerMixin(_Trainer):
     """Adds the budget term to a Trainer's loss, and looks after the routers' checkpoints."""
@@ -93,6 +105,7 @@ class RouterTrainerMixin(_Trainer):
         check_arguments(args, self.arguments)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)
+        check_engine(self.accelerator)
         check_model(self.routed, args)
         self._use_cache = use_cache
         self._folder = str(args.output_dir)
@@ -304,10 +317,13 @@ class RouterTrainerMixin(_Trainer):
         mine: list[float] = torch.stack(
             [kept.executions.detach(), kept.possible, task.detach().float()]
         ).tolist()
-        bad = float(not math.isfinite(mine[2]))
-        executions, possible, bad = all_reduce_sum([*mine[:2], bad], task.device)
-        if bad:
-            self.stop_unstable(f"the loss became {mine[2]} (kept {executions / possible:.3f})")
+        executions, possible, tasks, asked = all_reduce_sum(
+            [*mine, float(self._stop.asked)], task.device
+        )
+        self._stop.agreed = asked > 0
+        mean_task = tasks / args.world_size
+        if not math.isfinite(mean_task):
+            self.stop_unstable(f"the loss became {mean_task} (kept {executions / possible:.3f})")
         target = target_at(
             self.state.global_step, self.state.max_steps, self.budget, args.anneal_fraction
         )
@@ -317,7 +333,7 @@ class RouterTrainerMixin(_Trainer):
         loss = budget_term(kept.fraction, running, target, args.budget_weight)
         self._micro_batch += 1
         for name, value in (
-            ("task_loss", mine[2]),
+            ("task_loss", mean_task),
             ("budget_loss", args.budget_weight * (running - target) ** 2),
             ("kept", executions / possible),
             ("target", target),
@@ -423,6 +439,8 @@ class RouterTrainerMixin(_Trainer):
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._running = RunningKept.load(Path(checkpoint)) if checkpoint else RunningKept()
+        if checkpoint:
+            check_layout(Path(checkpoint), self._layout())
         self._good = replace(self._running)
         self._micro_batch, self._mid_update = 0, False
         self._sums.clear()
@@ -437,7 +455,8 @@ class RouterTrainerMixin(_Trainer):
                 self.stop_if_asked()
             return output
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"training stopped; {self._keep_last_good()}") from None
+            saved = self._keep_last_good() if self._stops_together() else APART
+            raise KeyboardInterrupt(f"training stopped; {saved}") from None
         finally:
             if self._use_cache is not None:  # the Trainer switches it off
                 self.routed.config.use_cache = self._use_cache  # type: ignore[union-attr]
@@ -457,9 +476,17 @@ class RouterTrainerMixin(_Trainer):
             )
 
     def stop_if_asked(self) -> None:
-        """Turn a Ctrl-C that was pressed during the last step into the exception."""
-        if self._stop.asked:
+        """Turn a Ctrl-C that was pressed during the last step into the exception: in all processes
+        at the same step, or those left would wait for ever for the others.
+        """
+        if self._stop.agreed or (self._stop.asked and self.args.world_size == 1):
             raise KeyboardInterrupt
+
+    def _stops_together(self) -> bool:
+        return self.args.world_size == 1 or self._stop.agreed
+
+    def _layout(self) -> Layout:
+        return layout_of(self.args, str(self.accelerator.distributed_type.value))
 
     def stop_unstable(self, what: str) -> NoReturn:
         """Save the last good step, then say what went wrong and what to try."""
@@ -497,7 +524,9 @@ class RouterTrainerMixin(_Trainer):
         if not isinstance(self.routed, PeftModel):
             return "nothing was saved, since the model is not a PEFT model"
         folder = Path(self._folder) / f"checkpoint-{step}"
-        if last_complete_checkpoint(self._folder) != folder:
+        # Asked of all before one writes it: writing may take all of them.
+        missing = last_complete_checkpoint(self._folder) != folder
+        if any_process(missing, self.args.device):
             self._running = replace(self._good)
             self._save_checkpoint(self.model_wrapped, trial=None)
         return f"step {step} is saved in {folder}, resume_from_checkpoint=True continues from there"
@@ -508,14 +537,14 @@ class RouterTrainerMixin(_Trainer):
         try:
             if self.args.should_save:
                 # Before transformers' own files, the last of which marks a complete checkpoint.
-                self._running.save(folder)
+                self._running.save(folder, **self._layout().to_json())
             super()._save_checkpoint(model, trial)
         except (
             OSError,
             RuntimeError,
             SafetensorError,
         ) as error:  # a full disk shows as any of these
-            if not existed:
+            if not existed and self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise TrainingError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {folder}: "
