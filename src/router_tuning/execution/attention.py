@@ -5,6 +5,7 @@ Shapes: B batch, T tokens of this forward, D hidden.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ from router_tuning.execution.deciding import decide
 from router_tuning.execution.handover import gated, hand_over, handed_in
 from router_tuning.execution.masked import masked_call
 from router_tuning.execution.skipping import skipping_call
-from router_tuning.execution.standing_in import own_forward
+from router_tuning.execution.standing_in import own_forward, standing_in
 from router_tuning.execution.visibility import check_packed
 from router_tuning.units import Unit, first_of
 
@@ -45,8 +46,11 @@ def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def carry_context(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for an unrouted attention's forward: attention kernels must not see the context."""
-    hand_over(attention, handed_in(kwargs))
-    return own_forward(attention, original_forward(attention))(*args, **kwargs)
+    context = handed_in(kwargs)
+    hand_over(attention, context)
+    run = None if context is None else context.stand_ins.get(attention)
+    with nullcontext() if run is None else standing_in(run):
+        return own_forward(attention, original_forward(attention))(*args, **kwargs)
 
 
 def cache_layer(cache: Any, unit: Unit, context: ForwardContext) -> RoutedCacheLayer | None:

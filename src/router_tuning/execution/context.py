@@ -103,6 +103,8 @@ class ForwardContext:
     """With pooling="prompt": True at the tokens that decide; None where earlier ones did."""
     weighed_keys: bool = False
     """As in CallOptions."""
+    stand_ins: dict[nn.Module, Any] = field(default_factory=dict)
+    """What attends for the attentions inside routed blocks (standing_in.py)."""
 
     @functools.cached_property
     def config(self) -> RoutingConfig:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.call import Decided, UnitCall
-from router_tuning.execution.context import ForwardContext
+from router_tuning.execution.context import CONTEXT_KEY, ForwardContext
+from router_tuning.execution.handover import Sent
 from router_tuning.execution.standing_in import can_stand_in, own_forward, standing_in
 from router_tuning.execution.visibility import (
     additive,
@@ -77,11 +78,17 @@ def _with_kept_keys(
         return call.without_cache(mask).run(dense_forward)
     if not can_stand_in(attention):
         return call.without_cache(weights.mask(call.x_BTD.dtype)).run(dense_forward)
+    run = WeighedRun(attention, weights)
     # The function takes its mask from the weights; this one is for what comes before it.
     call = call.without_cache(shown)
-    with standing_in(WeighedRun(attention, weights)):
-        forward = own_forward(attention, dense_forward) if unit.kind == "attn" else dense_forward
-        return call.run(forward)
+    if unit.kind == "attn":
+        with standing_in(run):
+            return call.run(own_forward(attention, dense_forward))
+    # Activation checkpointing runs a layer again without what stands around this call.
+    context.stand_ins[attention] = run
+    if context.family.keywords:
+        call = call.over(None, {**call.kwargs, CONTEXT_KEY: Sent(context)})
+    return call.run(dense_forward)
 
 
 def _allowed(attention: nn.Module, call: UnitCall, context: ForwardContext) -> Tensor:
