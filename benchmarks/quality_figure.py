@@ -56,10 +56,11 @@ def _curves(document: Any, text: str, measure: str) -> dict[str, list[quality_ta
     newest = quality_tables.newest_of(document["runs"])
     found = {
         setting: [
-            quality_tables.curve(run["routed"][text], base, measure) for run in newest[setting]
+            quality_tables.curve(run["routed"][text], base, measure)
+            for run in newest[setting, False]
         ]
         for setting in STYLES
-        if setting in newest
+        if (setting, False) in newest
     }
     statics = quality_tables.statics(document, text, measure)
     return {**found, **{kind: [curve] for kind, curve in statics.items()}}

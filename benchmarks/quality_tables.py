@@ -44,13 +44,20 @@ def newest(path: Path, root: str) -> str:
     """A table for each text: the newest recipe of each setting, beside its controls."""
     document = read(path)
     found = newest_of(document["runs"])
-    groups = [found[setting] for setting in NAMES if setting in found]
+    groups = [
+        found[setting, own] for setting in NAMES for own in (False, True) if (setting, own) in found
+    ]
     return _tables(path, root, document, groups)
 
 
-def newest_of(runs: list[Run]) -> dict[str, list[Run]]:
-    """The runs of each setting's newest recipe, one a seed."""
-    return {group[0]["setting"]: group for group in _groups(runs)}
+def newest_of(runs: list[Run]) -> dict[tuple[str, bool], list[Run]]:
+    """The runs of each setting's newest recipe, one a seed, without and with text of the model's
+    own.
+    """
+    return {
+        (group[0]["setting"], bool(group[0]["tuning"].get("own_text"))): group
+        for group in _groups(runs)
+    }
 
 
 def calibrated(calibration: Path, evaluation: Path, root: str) -> str:
