@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from router_tuning import RouterTuningConfig, save_adapter
 from router_tuning.baselines import RandomMask, StaticDrop, cosine_order, greedy_order
 from router_tuning.cli.records import device_name, peak_rss_mb, versions, write_json
-from router_tuning.data import WindowDataset, Windows, load_examples, make_windows
+from router_tuning.data import WindowDataset, Windows, interleaved, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
 from router_tuning.evaluation.perplexity import window_loss
 from router_tuning.execution.context import decided_by, record, routers_of, routing_of
@@ -214,12 +214,7 @@ def _mixed(train: Windows, tokenizer: Any, options: argparse.Namespace) -> Windo
     if options.own_text is None:
         return train
     own = make_windows(tokenizer, load_examples(options.own_text))
-    number = torch.arange(len(train))
-    own_before = (number * options.own_share).long()
-    is_own = ((number + 1) * options.own_share).long() > own_before
-    both = Windows(*(torch.cat([getattr(w, n) for w in (train, own)]) for n in ("ids", "answer")))
-    of_own = len(train) + own_before % len(own)
-    return both.take(torch.where(is_own, of_own, number - own_before))
+    return interleaved(train, own, len(train), round(options.own_share * len(train)))
 
 
 def _describe(document: dict[str, Any], bench: Bench) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 from transformers.utils import logging
@@ -27,7 +26,7 @@ import router_tuning
 from router_tuning.cli import app, tuning
 from router_tuning.cli.adapters import RECORD, WORK
 from router_tuning.config import CALIBRATION_WINDOWS, GRANULARITIES, RoutingConfig
-from router_tuning.data import Example, Windows, make_windows
+from router_tuning.data import Example, make_windows
 from router_tuning.errors import TrainingError
 from router_tuning.peft_config import RouterTuningConfig
 from tiny import SENTENCES, VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -274,20 +273,17 @@ def test_tune_mixes_in_what_the_model_writes_itself(
     assert read(out / RECORD)["settings"]["own_text"] == 0.5
 
 
-def test_own_text_is_spread_and_comes_again() -> None:
-    from router_tuning.cli.material import _mixed
+def test_all_of_the_text_may_be_the_models_own(home: Path, tmp_path: Path) -> None:
+    run("tune", *data_options(home, tmp_path), "--budgets", "0.9", "--own-text", "1")
+    assert read(tmp_path / RECORD)["train_windows"] == 8
 
-    def windows(*numbers: int) -> Windows:
-        ids = torch.tensor(numbers)[:, None].expand(-1, 4)
-        return Windows(ids, torch.zeros_like(ids, dtype=torch.bool))
 
-    def mixed(share: float) -> list[int]:
-        recipe = tuning.Settings(model="m", steps=4, batch_size=2, own_text=share).recipe()
-        found: list[int] = _mixed(windows(0, 1, 2, 3, 4, 5), windows(-1, -2), recipe).ids[:, 0]
-        return [int(i) for i in found]
-
-    assert mixed(0.5) == [0, -1, 1, -2, 2, -1, 3, -2]
-    assert mixed(0.25) == [0, 1, 2, -1, 3, 4, 5, -2]
+def test_own_text_goes_with_data_that_is_shorter_than_a_window(home: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"text": "The quick fox."}\n' * 12)
+    options = ["--model", home / "model", "--data", few, "--out", tmp_path / "out", *FEW]
+    run("tune", *options, "--length", "128", "--budgets", "0.9", "--own-text", "0.5")
+    assert read(tmp_path / "out" / RECORD)["train_windows"] == 8
 
 
 def test_tune_on_plain_text(home: Path, tmp_path: Path) -> None:

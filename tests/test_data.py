@@ -20,6 +20,7 @@ from router_tuning.data import (
     Windows,
     default_prompts,
     evaluation_mode,
+    interleaved,
     load_examples,
     make_windows,
 )
@@ -445,6 +446,17 @@ def test_split_holds_back_rows_once_each() -> None:
 def test_take_keeps_the_given_order() -> None:
     assert numbered(5).take([4, 0]).ids[:, 0].tolist() == [4, 0]
     assert numbered(5).take(range(2)).ids[:, 0].tolist() == [0, 1]
+
+
+def test_interleaved_windows_are_spread_and_come_again() -> None:
+    def mixed(number: int, num_others: int) -> list[int]:
+        others = Windows(-1 - numbered(2).ids, numbered(2).answer)
+        found: list[int] = interleaved(numbered(6), others, number, num_others).ids[:, 0].tolist()
+        return found
+
+    assert mixed(8, 4) == [0, -1, 1, -2, 2, -1, 3, -2]
+    assert mixed(8, 2) == [0, 1, 2, -1, 3, 4, 5, -2]
+    assert mixed(3, 3) == [-1, -2, -1]
 
 
 def test_dataset_of_windows_stacks_under_the_default_collator() -> None:

@@ -25,6 +25,7 @@ def slopes(
     family: str = "llama",
     implementation: str = "eager",
     kind: str = "attn",
+    dropout: float = 0.0,
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """A forward of one routed unit, each token with a decision of its own: what the unit was called
     with, the decisions (T,), and for each token j the gradient by its decision of what the unit
@@ -35,6 +36,8 @@ def slopes(
     attach(model, RoutingConfig(granularity=f"{kind}_token", layers=[1], **config))
     randomize(model, seed=3)
     layer: Any = decoder_layers(decoder_of(model))[1]
+    layer.self_attn.attention_dropout = dropout
+    layer.self_attn.train(dropout > 0)
     unit = layer.self_attn if kind == "attn" else layer
     seen: dict[str, Any] = {}
     leaves: list[Tensor] = []
@@ -132,6 +135,11 @@ def test_a_block_learns_of_its_keys_too() -> None:
     _, keep_T, slope_T = slopes({"kv": "kept"}, kind="block")
     for kept in (True, False):
         assert bool((slope_T[keep_T == kept].abs() > 0.01).any())
+
+
+def test_keys_that_dropout_has_dropped_are_worth_nothing() -> None:
+    _, _, slope_T = slopes({"kv": "kept"}, dropout=1.0)
+    assert not slope_T.any()
 
 
 def test_a_sink_and_a_policy_that_keeps_every_key_have_none() -> None:

@@ -280,6 +280,18 @@ class Windows:
         return self.take(order[held:].sort().values), self.take(order[:held].sort().values)
 
 
+def interleaved(data: Windows, others: Windows, number: int, num_others: int) -> Windows:
+    """So many windows, `num_others` of them of the others, spread evenly; where one of both has too
+    few, they come again.
+    """
+    place = torch.arange(number)
+    others_before = (place * num_others) // number
+    is_other = ((place + 1) * num_others) // number > others_before
+    both = Windows(torch.cat([data.ids, others.ids]), torch.cat([data.answer, others.answer]))
+    of_others = len(data) + others_before % len(others)
+    return both.take(torch.where(is_other, of_others, (place - others_before) % len(data)))
+
+
 class WindowDataset(Dataset[dict[str, Tensor]]):
     """Windows as a training set: {"input_ids": (L,), "labels": (L,)}.
 

@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from router_tuning.cli.console import bar
 from router_tuning.cli.records import write_text
 from router_tuning.data import (
     Example,
     Windows,
     default_prompts,
+    interleaved,
     load_examples,
     make_windows,
 )
@@ -93,15 +92,15 @@ def prepare(recipe: Recipe, model: Any, tokenizer: Any, *, answers: Path | None 
         material = _split_windows(recipe, tokenizer, rest)
     else:
         material = Material(
-            _cut(recipe, tokenizer, rest, recipe.windows - recipe.own_windows),
+            _cut(recipe, tokenizer, rest, max(recipe.windows - recipe.own_windows, 1)),
             _cut(recipe, tokenizer, held, recipe.held_out),
         )
     if not recipe.own_windows:
         return material
     file = None if answers is None else answers.with_name(OWN_TEXT)
-    return Material(
-        _mixed(material.train, _own(recipe, model, tokenizer, file), recipe), material.held_out
-    )
+    own = _own(recipe, model, tokenizer, file, material.train.ids.shape[1])
+    train = interleaved(material.train, own, recipe.windows, recipe.own_windows)
+    return Material(train, material.held_out)
 
 
 def held_back(recipe: Recipe, model: Any, tokenizer: Any, *, answers: Path) -> Windows:
@@ -121,8 +120,10 @@ def _split_windows(recipe: Recipe, tokenizer: Any, examples: Sequence[Example]) 
     return Material(*cut.split(min(recipe.held_out_share, recipe.held_out / len(cut)), recipe.seed))
 
 
-def _own(recipe: Recipe, model: Any, tokenizer: Any, file: Path | None) -> Windows:
-    """Windows of what the model writes from nothing, which is kept in the file."""
+def _own(recipe: Recipe, model: Any, tokenizer: Any, file: Path | None, length: int) -> Windows:
+    """Windows of what the model writes from nothing, which is kept in the file. They are as long as
+    those of the data, which has too little for a whole one sometimes.
+    """
     if file is not None and file.is_file():
         texts = load_examples(file)
     else:
@@ -137,17 +138,7 @@ def _own(recipe: Recipe, model: Any, tokenizer: Any, file: Path | None) -> Windo
             )
         if file is not None:
             _keep(texts, file)
-    return make_windows(tokenizer, texts, length=recipe.length)
-
-
-def _mixed(data: Windows, own: Windows, recipe: Recipe) -> Windows:
-    """Windows of both, spread evenly; where one of them has too few, they come again."""
-    number = torch.arange(recipe.windows)
-    own_before = (number * recipe.own_windows) // recipe.windows
-    is_own = ((number + 1) * recipe.own_windows) // recipe.windows > own_before
-    both = Windows(torch.cat([data.ids, own.ids]), torch.cat([data.answer, own.answer]))
-    of_own = len(data) + own_before % len(own)
-    return both.take(torch.where(is_own, of_own, (number - own_before) % len(data)))
+    return make_windows(tokenizer, texts, length=length)
 
 
 def _split(
