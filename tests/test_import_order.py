@@ -23,7 +23,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "config"}),
     frozenset({"units", "routers", "decide", "embedded", "identity"}),
     frozenset({"record"}),
-    frozenset({"execution", "cost", "expected", "layer_cost", "weight_bytes", "memory"}),
+    frozenset({"execution", "cost", "expected", "layer_cost", "prices", "weight_bytes", "memory"}),
     frozenset({"attach"}),
     frozenset({"data", "sampling"}),
     frozenset({"peft_config", "lora", "card", "baselines"}),

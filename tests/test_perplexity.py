@@ -327,14 +327,6 @@ def test_static_controls_drop_no_more_than_is_routed(windows: Windows, selection
     assert report["static_cosine"][0]["kept_fraction"] == 0.75
 
 
-def test_whole_numbers_of_units_are_exact() -> None:
-    model = tiny_model("llama", num_hidden_layers=30)
-    attach(model, RoutingConfig())
-    counts = perplexity.static_counts(model, [0.9, 0.8, 0.7, 0.85, 0.75, 1.0])
-    assert list(counts.values()) == [[3], [6], [9], [4, 5], [7, 8], [0]]
-    assert math.floor((1 - 0.9) * 30) == 2  # which is why the count is rounded
-
-
 def test_progress_of_a_report_ends_at_its_total(
     routed: PreTrainedModel, windows: Windows, selection: Windows
 ) -> None:

@@ -36,6 +36,7 @@ from router_tuning.execution.handover import gate_post_norm
 from router_tuning.execution.mlp import routed_mlp
 from router_tuning.execution.projections import check_parts
 from router_tuning.execution.trial import try_out
+from router_tuning.prices import unit_prices
 from router_tuning.routers import make_router
 from router_tuning.units import (
     KINDS,
@@ -106,7 +107,9 @@ def install(model: nn.Module, config: RoutingConfig) -> None:
     layers = decoder_layers(decoder)
     units = _checked_units(model, config)
     norms = tuple(input_norm_name(decoder, layer) for layer in layers)
-    decoder.__dict__["routing"] = Routing(config, units, len(layers) * len(kinds_of(config)), norms)
+    prices = unit_prices(decoder, config, units)
+    num_units = len(layers) * len(kinds_of(config))
+    decoder.__dict__["routing"] = Routing(config, units, num_units, norms, prices)
     for layer in layers:
         attention = attention_of(decoder, layer)
         if attention is not None:

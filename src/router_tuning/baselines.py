@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -25,6 +26,7 @@ from router_tuning.execution.context import (
     routing_of,
 )
 from router_tuning.execution.partial import entering_states, run_from
+from router_tuning.record import price_of
 from router_tuning.units import (
     KINDS,
     Unit,
@@ -37,6 +39,8 @@ from router_tuning.units import (
 )
 
 Progress = Callable[[int, int], None]
+SLACK = 1e-6
+"""Of sums of prices, which are rounded."""
 
 
 class RandomMask:
@@ -182,27 +186,67 @@ def _similarity_hooks(decoder: nn.Module, unit: Unit, sums: dict[str, float]) ->
     ]
 
 
+@dataclass(frozen=True)
+class Drops:
+    """How many units of an order to drop for a budget: between two numbers of them."""
+
+    fewer: int
+    more: int
+    share: float
+    """Of `more`, in a mean of both that is at exactly the budget; 0 where both are the same."""
+
+    @classmethod
+    def of(cls, model: nn.Module, order: Sequence[str], budget: float) -> Drops:
+        """The first units of an order, up to all of it, that a kept fraction is without."""
+        routing = routing_of(model)
+        left = to_drop(model, budget)
+        for number, name in enumerate(order):
+            share = round(left / routing.prices[name], 9)
+            if share < 1:
+                return cls(number, number + bool(share), share)
+            left -= routing.prices[name]
+        return cls(len(order), len(order), 0.0)
+
+    def runs(self) -> list[tuple[int, float]]:
+        """The one or two numbers of units, and the weight of each."""
+        if self.fewer == self.more:
+            return [(self.fewer, 1.0)]
+        return [(self.fewer, 1 - self.share), (self.more, self.share)]
+
+
+def to_drop(model: nn.Module, budget: float) -> float:
+    """How many units less are a budget: of the mean price, where prices differ (prices.py)."""
+    # Rounded, so that 0.9 of 30 units drops 3 of them, not 2.9999999999999996.
+    return round((1 - budget) * routing_of(model).num_units_of_kind, 9)
+
+
 def greedy_order(
-    model: nn.Module, windows: Windows, num: int, *, progress: Progress | None = None
+    model: nn.Module, windows: Windows, num: float, *, progress: Progress | None = None
 ) -> list[str]:
-    """The `num` units to drop one after another, each time the one whose loss of the windows grows
-    least.
+    """The units to drop one after another, each time the one whose loss of the windows grows least;
+    where prices differ, least for its price.
 
     Layers below a candidate are not run again: their states are kept from the round before.
+
+    Args:
+        model: a routed model.
+        windows: what the loss is measured on.
+        num: how many to drop; where prices differ, how many of the mean price (as from `to_drop`),
+            or some more, as whole units have it.
+        progress: called with candidates tried, and candidates in all.
 
     Raises:
         ConfigError: `num` is more than there are routed units.
     """
-    if num > len(routing_of(model).units):
-        raise ConfigError(
-            f"asked to drop {num} units, but only {len(routing_of(model).units)} are routed"
-        )
+    units, prices = routing_of(model).units, routing_of(model).prices
+    if num > price_of(prices, prices) + SLACK:
+        raise ConfigError(f"asked to drop {num:g} units, but only {len(units)} are routed")
     dropped: list[str] = []
     decoder = decoder_of(model)
     ids = windows.ids.to(_device(model))
-    units = routing_of(model).units
-    done, total = 0, sum(len(units) - i for i in range(num))
-    for _ in range(num):
+    done, total = 0, sum(len(units) - i for i in range(round(num)))  # if prices are alike
+    loss: float | None = None
+    while price_of(dropped, prices) < num - SLACK:
         losses: dict[str, float] = {}
         with (
             torch.no_grad(),
@@ -210,6 +254,7 @@ def greedy_order(
             entering_states(decoder) as states,
         ):
             decoder(input_ids=ids, use_cache=False)
+            loss = _loss_from(model, ids, 0, states[0]) if loss is None else loss
         for unit in units:
             if unit.name in dropped:
                 continue
@@ -217,8 +262,10 @@ def greedy_order(
                 losses[unit.name] = _loss_from(model, ids, unit.layer_idx, states[unit.layer_idx])
             done += 1
             if progress is not None:
-                progress(done, total)
-        dropped.append(min(losses, key=lambda name: losses[name]))
+                progress(done, max(done, total))
+        growth = {name: (found - loss) / prices[name] for name, found in losses.items()}
+        dropped.append(min(growth, key=lambda name: growth[name]))
+        loss = losses[dropped[-1]]
     return dropped
 
 

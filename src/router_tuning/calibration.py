@@ -3,7 +3,8 @@
 Skipping in early layers moves the logits of later ones, so the threshold is a fixed point: run,
 take the quantile of the logits that were seen, run again. Changes only the config's `calibration`;
 knows nothing of training or saving. Budgets are kept fractions of all units of the routed kinds and
-all real tokens, the always-run prefix of sequence granularities and unrouted layers included.
+all real tokens, the always-run prefix of sequence granularities and unrouted layers included; with
+budget_in="flops" each execution weighs what it costs (prices.py).
 
 A threshold keeps other text at the budget as far as that text is like the held-out one: calibrate
 on text like that which will be served (its language, its subjects, questions with answers or bare
@@ -26,7 +27,7 @@ from router_tuning.data import Example, Windows, make_windows
 from router_tuning.errors import BudgetError, DataError
 from router_tuning.execution.context import record, routing_of
 from router_tuning.execution.prompts import refuse_windows
-from router_tuning.record import Trace
+from router_tuning.record import Trace, price_of
 from router_tuning.units import decoder_of
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
@@ -263,35 +264,44 @@ def _miss(entry: dict[str, Any]) -> float:
 
 def _threshold_keeping(trace: Trace, budget: float) -> float:
     """The threshold at which the logits of a trace would be kept at the budget."""
-    logits, always = _free_logits(trace)
+    logit_N, price_N, always = _free_logits(trace)
     num_real = sum(int(f.real_BT.sum()) for f in trace.forwards)
-    unrouted = (trace.num_units - len(trace.unit_names)) * num_real
-    keep = round(budget * trace.num_units * num_real) - unrouted - always
-    if keep < 0 or not logits.numel():
-        floor = (unrouted + always) / (trace.num_units * num_real)
+    whole = trace.num_units * num_real
+    unrouted = (trace.num_units - price_of(trace.unit_names, trace.prices)) * num_real
+    wanted = budget * whole - unrouted - always
+    if round(wanted) < 0 or not logit_N.numel():
+        floor = (unrouted + always) / whole
         raise BudgetError(
             f"budget {budget:g} cannot be met: {floor:.3f} of the executions run in any case "
             "(unrouted layers and "
             "the first decide_after tokens); ask for more, route more layers, or calibrate on "
             "longer text"
         )
-    if keep == 0:
-        return float(torch.nextafter(logits.max(), torch.tensor(math.inf)))
-    return float(logits.kthvalue(max(logits.numel() - keep + 1, 1)).values)
+    logit_N, order_N = logit_N.sort(descending=True)
+    price_N = price_N[order_N]
+    # As many of the highest as come nearest.
+    number = int((price_N.cumsum(0) - price_N / 2 < wanted).sum())
+    if number == 0:
+        return float(torch.nextafter(logit_N[0], torch.tensor(math.inf)))
+    return float(logit_N[number - 1])
 
 
-def _free_logits(trace: Trace) -> tuple[Tensor, int]:
-    """Logits of all tokens that are not kept in any case, and the number of those that are."""
-    parts, always = [], 0
+def _free_logits(trace: Trace) -> tuple[Tensor, Tensor, float]:
+    """Logits of all tokens that are not kept in any case, what their executions weigh, in float64,
+    and what those weigh that are.
+    """
+    logits, prices, always = [], [], 0.0
     for forward in trace.forwards:
-        for unit in forward.units.values():
+        for name, unit in forward.units.items():
             assert unit.logits_BT is not None
             free_BT = (
                 forward.real_BT if unit.always_BT is None else forward.real_BT & ~unit.always_BT
             )
-            parts.append(unit.logits_BT[free_BT])
-            always += int((forward.real_BT & ~free_BT).sum())
-    return torch.cat(parts).float().cpu(), always
+            price = trace.prices.get(name, 1.0)
+            logits.append(unit.logits_BT[free_BT].float().cpu())
+            prices.append(torch.full_like(logits[-1], price, dtype=torch.float64))
+            always += price * int((forward.real_BT & ~free_BT).sum())
+    return torch.cat(logits), torch.cat(prices), always
 
 
 def _run(

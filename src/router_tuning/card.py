@@ -23,6 +23,7 @@ TAGS = ("router-tuning", "layer-skipping")
 
 # PEFT makes a missing README.md out of this form; while both lines stand nobody has filled it in.
 _UNFILLED = ("# Model Card for Model ID", "[More Information Needed]")
+_COUNTED = {"executions": "executions of units", "flops": "FLOPs that skipping can save"}
 _WHO_DECIDES = {
     "token": "each token decides for itself",
     "sequence": "a sequence decides once, after its first tokens",
@@ -123,7 +124,7 @@ def _settings(config: RoutingConfig) -> list[tuple[str, str]]:
         ("keys and values of skipped tokens", _kv(config)),
         ("router", _router(config)),
         *_lora_rows(config),
-        ("trained for a kept fraction of", f"{config.budget:g}"),
+        ("trained for a kept fraction of", f"{config.budget:g}, in {_COUNTED[config.budget_in]}"),
     ]
     if any(g.endswith("_sequence") for g in config.granularities):
         after = ("a sequence decides after", f"{config.decide_after} tokens, which always run")

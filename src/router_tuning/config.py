@@ -26,6 +26,7 @@ GRANULARITIES = (
 ROUTERS = ("linear", "bottleneck", "bias")
 KV_POLICIES = ("all", "kept")
 POOLINGS = ("prefix", "prompt", "official")
+BUDGETS_IN = ("executions", "flops")
 CALIBRATION_WINDOWS = 64
 """Held-out windows that thresholds are chosen on, at most, unless told otherwise. With sixteen,
 other text of the same kind came out up to 0.03 off its budget.
@@ -78,6 +79,12 @@ class RoutingConfig:
 
     budget: float = 0.8
     """The kept fraction that training aims at, in (0, 1]."""
+
+    budget_in: str = "executions"
+    """What kept fractions count: "executions", each unit's alike; or "flops", each weighed with
+    what skipping it would save (prices.py), so that training decides whether to save in attentions
+    or in MLPs.
+    """
 
     default_budget: float | None = None
     """Budget of a call that names none. None uses the routers' own threshold of 0."""
@@ -144,6 +151,7 @@ def _check_names(config: RoutingConfig) -> None:
     for name, value, allowed in (
         ("kv", config.kv, KV_POLICIES),
         ("pooling", config.pooling, POOLINGS),
+        ("budget_in", config.budget_in, BUDGETS_IN),
         ("router", config.router, ROUTERS),
     ):
         if value not in allowed:

@@ -47,7 +47,7 @@ def expected_trace(
     keep = {
         u.name: _keep_BC(u, rates[u.name], columns, routing.config, draw) for u in routing.units
     }
-    trace = Trace(routing.num_units_of_kind, tuple(keep))
+    trace = Trace(routing.num_units_of_kind, tuple(keep), prices=routing.prices)
     bounds = [0, *range(prompt_tokens, columns + 1)]
     for start, end in pairwise(bounds):
         real_BT = torch.ones((ROWS, end - start), dtype=torch.bool)

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens of one forward, C columns (tokens, pads included, of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -57,6 +57,8 @@ class Trace:
     unit_names: tuple[str, ...]
     """The routed units."""
     forwards: list[ForwardRecord] = field(default_factory=list)
+    prices: Mapping[str, float] = field(default_factory=dict)
+    """What an execution of each routed unit weighs (prices.py); 1 where nothing is said."""
 
     def decisions(self) -> dict[str, Tensor]:
         """The decisions of consecutive forwards over one batch: unit name -> bool (B, C). Can be
@@ -73,17 +75,14 @@ class Trace:
         return self._columns([f.real_BT for f in self.forwards])
 
     def kept_fraction(self) -> float:
-        """Executions over all units of the routed kinds and all real tokens; unrouted units count
-        as kept.
+        """Executions over all units of the routed kinds and all real tokens, each at its price;
+        unrouted units count as kept.
         """
-        routed = len(self.unit_names)
-        kept = sum(self.kept_per_unit().values()) + (self.num_units - routed)
-        return kept / self.num_units
+        return kept_of_all(self.kept_per_unit(), self.num_units, self.prices)
 
     def kept_of_routed(self) -> float:
-        """Executions over the routed units only."""
-        per_unit = self.kept_per_unit()
-        return sum(per_unit.values()) / len(per_unit)
+        """The same over the routed units only."""
+        return kept_of_routed(self.kept_per_unit(), self.prices)
 
     def kept_per_unit(self) -> dict[str, float]:
         """Fraction of real tokens for which each routed unit ran."""
@@ -128,6 +127,25 @@ class Trace:
             assert part_BT is not None, "nothing of the kind was recorded"
             out_BC[:, forward.start : forward.start + part_BT.shape[1]] = part_BT
         return out_BC.detach()
+
+
+def price_of(names: Iterable[str], prices: Mapping[str, float]) -> float:
+    """What one execution of each of some units weighs."""
+    return sum(prices.get(name, 1.0) for name in names)
+
+
+def kept_of_all(kept: Mapping[str, float], num_units: int, prices: Mapping[str, float]) -> float:
+    """The kept fraction of all units of the routed kinds, whose prices have the mean 1, where
+    `kept` has those of the routed ones.
+    """
+    ran = sum(fraction * prices.get(name, 1.0) for name, fraction in kept.items())
+    return (num_units - price_of(kept, prices) + ran) / num_units
+
+
+def kept_of_routed(kept: Mapping[str, float], prices: Mapping[str, float]) -> float:
+    """The kept fraction of the routed units, from those of each."""
+    ran = sum(fraction * prices.get(name, 1.0) for name, fraction in kept.items())
+    return ran / price_of(kept, prices)
 
 
 def same_decisions(a: Trace, b: Trace, delta: float) -> tuple[bool, int]:

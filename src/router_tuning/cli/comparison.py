@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from router_tuning.baselines import RandomMask, StaticDrop, cosine_order
+from router_tuning.baselines import Drops, RandomMask, StaticDrop, cosine_order
 from router_tuning.cli.adapters import Loaded
 from router_tuning.cli.console import Bar, bar
 from router_tuning.cli.material import Material, Recipe, prepare
@@ -72,7 +72,7 @@ def compare(model: Any, text: DemoText, budgets: Sequence[float], seed: int) -> 
         order = cosine_order(model, text.material.held_out)
         deciders: dict[str, list[Any]] = {
             "random": [RandomMask(_rates(model, b), seed) for b in budgets],
-            "static_cosine": [StaticDrop(order[: _dropped(model, b)]) for b in budgets],
+            "static_cosine": [StaticDrop(_nearest(model, order, b)) for b in budgets],
         }
         done = 1 + len(budgets)
         for name, chosen in deciders.items():
@@ -95,10 +95,10 @@ def _rates(model: Any, budget: float) -> dict[str, float]:
     return dict(next(e for e in entries if e["budget"] == budget)["kept_per_unit"])
 
 
-def _dropped(model: Any, budget: float) -> int:
-    """The whole number of units nearest to a budget."""
-    routing = routing_of(model)
-    return min(round((1 - budget) * routing.num_units_of_kind), len(routing.units))
+def _nearest(model: Any, order: Sequence[str], budget: float) -> Sequence[str]:
+    """Of an order, the whole number of units nearest to a budget."""
+    drops = Drops.of(model, order, budget)
+    return order[: drops.fewer + round(drops.share)]
 
 
 def _measure(model: Any, windows: Windows, decider: Any) -> dict[str, Any]:

@@ -29,7 +29,16 @@ BASE = ("model_type", "hidden_size", "num_layers", "vocab_size", "fingerprint")
 """What tells one base model from another."""
 WHICH = ("granularity", "layers")
 """What decides which units are routed."""
-HOW = ("kv", "kv_sink", "kv_window", "pooling", "decide_after", "router", "router_hidden")
+HOW = (
+    "kv",
+    "kv_sink",
+    "kv_window",
+    "pooling",
+    "decide_after",
+    "router",
+    "router_hidden",
+    "budget_in",
+)
 """What decides a start, beside that and the text."""
 
 

@@ -84,6 +84,15 @@ def tune(
             "since the adapter serves larger ones too.",
         ),
     ] = 0.75,
+    budget_in: Annotated[
+        str,
+        typer.Option(
+            "--budget-in",
+            rich_help_panel=ROUTERS,
+            help="What budgets count: executions (each unit's alike), or flops, so that with "
+            "attention and MLPs routed training decides where to save.",
+        ),
+    ] = "executions",
     steps: Annotated[
         int, typer.Option("--steps", rich_help_panel=TRAINING, min=1, help="Optimizer steps.")
     ] = 480,

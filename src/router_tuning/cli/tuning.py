@@ -24,6 +24,7 @@ from router_tuning.errors import BudgetError, ConfigError
 from router_tuning.evaluation.perplexity import window_loss
 from router_tuning.execution.context import dense, record, routing_of
 from router_tuning.peft_config import RouterTuningConfig
+from router_tuning.record import kept_of_all
 from router_tuning.training.safety import last_complete_checkpoint
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 from router_tuning.training.warm_start import ROWS, warm_start
@@ -52,6 +53,7 @@ class Settings:
     router: str = "linear"
     router_hidden: int = 32
     budget: float = 0.75
+    budget_in: str = "executions"
     objective: str = "distill"
     answers_only: bool = False
     steps: int = 480
@@ -266,9 +268,11 @@ def always_run(model: Any, windows: Windows) -> float:
     ids = windows.ids[:1].to(next(decoder.parameters()).device)
     with torch.no_grad(), record(model) as trace:
         decoder(input_ids=ids, use_cache=False)
-    always = [u.always_BT for u in trace.forwards[0].units.values()]
-    prefix = sum(0.0 if a is None else float(a.float().mean()) for a in always)
-    return (trace.num_units - len(trace.unit_names) + prefix) / trace.num_units
+    always = {
+        name: 0.0 if unit.always_BT is None else float(unit.always_BT.float().mean())
+        for name, unit in trace.forwards[0].units.items()
+    }
+    return kept_of_all(always, trace.num_units, trace.prices)
 
 
 def choose_default(model: Any, budget: float | None) -> None:

@@ -18,19 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from router_tuning.baselines import RandomMask, StaticDrop, cosine_order, greedy_order
+from router_tuning.baselines import (
+    Drops,
+    RandomMask,
+    StaticDrop,
+    cosine_order,
+    greedy_order,
+    to_drop,
+)
 from router_tuning.config import check_budget, threshold_for
 from router_tuning.cost import flops_fraction
 from router_tuning.data import Progress, Windows, evaluation_mode
 from router_tuning.errors import ConfigError, DataError, UnsupportedModelError
 from router_tuning.execution.context import decided_by, dense, record, routing_of
 from router_tuning.execution.prompts import refuse_windows
-from router_tuning.record import Trace
+from router_tuning.record import Trace, price_of
 from router_tuning.units import unwrap
 
 LOGIT_BYTES = 64 * 2**20
 """Most bytes of fp32 logits at once."""
 
+STATIC_RUNS = 2
+"""Whole numbers of units around a budget, at most."""
 MEASURES = ("kept_fraction", "kept_of_routed", "loss", "answer_loss", "flops_fraction")
 
 
@@ -193,7 +202,7 @@ def evaluate(
     run.total = (1 + len(budgets)) * len(windows)
     if compare:
         _check_controls(windows, selection, seeds)
-        run.total += _control_passes(model, budgets, seeds) * len(windows)
+        run.total += _control_passes(budgets, seeds) * len(windows)
 
     with dense(model):
         base = run.loss(model)
@@ -229,11 +238,11 @@ def _check_controls(windows: Windows, selection: Windows | None, seeds: Sequence
         raise ConfigError("compare needs at least one seed for its random masks, got none")
 
 
-def _control_passes(model: nn.Module, budgets: Sequence[float], seeds: Sequence[int]) -> int:
-    """How often the controls run over the windows; choosing what to drop is not counted."""
-    random = 2 * len(seeds) * len(budgets)
-    static = 2 * len(set().union(*static_counts(model, budgets).values()))
-    return random + static
+def _control_passes(budgets: Sequence[float], seeds: Sequence[int]) -> int:
+    """How often the controls run over the windows, at most; choosing what to drop is not
+    counted.
+    """
+    return 2 * len(budgets) * (len(seeds) + STATIC_RUNS)
 
 
 class _Runs:
@@ -256,6 +265,12 @@ class _Runs:
         )
         self.done += len(self.windows)
         return result
+
+    def leave_out(self, runs: int) -> None:
+        """Count runs that turned out not to be needed as done."""
+        self.done += runs * len(self.windows)
+        if self.progress is not None and runs:
+            self.progress(self.done, self.total)
 
     def row(self, model: nn.Module, budget: float) -> tuple[dict[str, Any], Trace]:
         """A report's row at a budget, and the trace behind it."""
@@ -307,47 +322,37 @@ def _static_controls(
     greedy_windows: int,
 ) -> dict[str, list[dict[str, Any]]]:
     """Dropping whole units, chosen on the selection windows by either criterion."""
-    counts = static_counts(model, budgets)
-    most = max(set().union(*counts.values()))
     few = selection.take(range(min(greedy_windows, len(selection))))
     with evaluation_mode(model):
         cosine = cosine_order(model, selection, batch_size=run.batch_size)
-        greedy = greedy_order(model, few, most)
+        greedy = greedy_order(model, few, most_to_drop(model, min(budgets)))
     return {
-        "static_cosine": _static_rows(run, model, counts, cosine),
-        "static_greedy": _static_rows(run, model, counts, greedy),
+        "static_cosine": _static_rows(run, model, budgets, cosine),
+        "static_greedy": _static_rows(run, model, budgets, greedy),
     }
 
 
-def static_counts(model: nn.Module, budgets: Sequence[float]) -> dict[float, list[int]]:
-    """The one or two whole numbers of dropped units around each budget; at most all routed ones."""
-    routed = len(routing_of(model).units)
-    counts = {}
-    for budget in budgets:
-        exact = exact_count(model, budget)
-        counts[budget] = sorted({min(n, routed) for n in (math.floor(exact), math.ceil(exact))})
-    return counts
-
-
-def exact_count(model: nn.Module, budget: float) -> float:
-    """How many units dropped would be exactly the budget."""
-    # Rounded, so that 0.9 of 30 units drops 3 of them, not 2.9999999999999996.
-    return round((1 - budget) * routing_of(model).num_units_of_kind, 9)
+def most_to_drop(model: nn.Module, budget: float) -> float:
+    """What greedy dropping has to come to for a budget: whole units, no more than are routed."""
+    prices = routing_of(model).prices
+    return min(math.ceil(to_drop(model, budget)), price_of(prices, prices))
 
 
 def _static_rows(
-    run: _Runs, model: nn.Module, counts: Mapping[float, list[int]], order: Sequence[str]
+    run: _Runs, model: nn.Module, budgets: Sequence[float], order: Sequence[str]
 ) -> list[dict[str, Any]]:
-    measured = {
-        n: run.decided(model, StaticDrop(order[:n])) for n in sorted(set().union(*counts.values()))
-    }
-    rows = []
-    for budget, around in counts.items():
-        low, high = around[0], around[-1]
-        share = exact_count(model, budget) - low if high > low else 0.0
-        row = _weighted([(measured[low], 1 - share), (measured[high], share)])
-        rows.append({"budget": budget, **row, "units": [list(order[:n]) for n in around]})
-    return rows
+    drops = {budget: Drops.of(model, order, budget).runs() for budget in budgets}
+    needed = sorted({number for runs in drops.values() for number, _ in runs})
+    measured = {number: run.decided(model, StaticDrop(order[:number])) for number in needed}
+    run.leave_out(STATIC_RUNS * len(budgets) - len(needed))
+    return [
+        {
+            "budget": budget,
+            **_weighted([(measured[number], share) for number, share in runs]),
+            "units": [list(order[:number]) for number, _ in runs],
+        }
+        for budget, runs in drops.items()
+    ]
 
 
 def _weighted(rows: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, Any]:

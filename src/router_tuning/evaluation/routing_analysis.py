@@ -37,7 +37,7 @@ from router_tuning.evaluation.token_groups import (
     loss_quarters,
 )
 from router_tuning.execution.context import routing_of
-from router_tuning.record import Trace
+from router_tuning.record import Trace, kept_of_all, kept_of_routed
 from router_tuning.sampling import routers_off
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Decisions:
     num_units: int
     """Units of the routed kinds in the whole model, routed or not."""
     threshold: float
+    prices: Mapping[str, float]
+    """What an execution of each routed unit weighs in a kept fraction."""
 
 
 def read_text(
@@ -165,7 +167,7 @@ def decide(
         threshold, trace = trace_keeping(
             model, text.windows, budget, batch_size=batch_size, progress=progress
         )
-    return Decisions(_stacked(trace), trace.unit_names, trace.num_units, threshold)
+    return Decisions(_stacked(trace), trace.unit_names, trace.num_units, threshold, trace.prices)
 
 
 def _stacked(trace: Trace) -> Tensor:
@@ -202,13 +204,12 @@ def routing(decisions: Decisions, text: DomainText) -> dict[str, Any]:
 
 def _described(decisions: Decisions, at: slice) -> dict[str, Any]:
     keep_UM = decisions.keep_UNL[:, at].flatten(1)
-    kept_U = keep_UM.double().mean(1)
-    unrouted = decisions.num_units - len(keep_UM)
+    kept = dict(zip(decisions.unit_names, keep_UM.double().mean(1).tolist(), strict=True))
     return {
         "tokens": keep_UM.shape[1],
-        "kept_fraction": (float(kept_U.sum()) + unrouted) / decisions.num_units,
-        "kept_of_routed": float(kept_U.mean()),
-        "kept_per_unit": dict(zip(decisions.unit_names, kept_U.tolist(), strict=True)),
+        "kept_fraction": kept_of_all(kept, decisions.num_units, decisions.prices),
+        "kept_of_routed": kept_of_routed(kept, decisions.prices),
+        "kept_per_unit": kept,
         "units_per_token": units_per_token(keep_UM),
         "settled_units": settled_units(keep_UM),
         "variance": variance(keep_UM),

@@ -15,14 +15,20 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from router_tuning.baselines import RandomMask, StaticDrop, cosine_order, greedy_order
+from router_tuning.baselines import (
+    Drops,
+    RandomMask,
+    StaticDrop,
+    cosine_order,
+    greedy_order,
+)
 from router_tuning.config import check_budget, threshold_for
 from router_tuning.data import Progress, Windows, evaluation_mode
 from router_tuning.errors import ConfigError
 from router_tuning.evaluation.generation_check import GenerationCheck
 from router_tuning.evaluation.harness import Harness, Tick, load_parts
 from router_tuning.evaluation.harness_tasks import ChoiceTask, LossTask
-from router_tuning.evaluation.perplexity import exact_count, static_counts
+from router_tuning.evaluation.perplexity import STATIC_RUNS, most_to_drop
 from router_tuning.evaluation.variants import (
     DENSE,
     Items,
@@ -133,7 +139,7 @@ def static_orders(
     """Which units static dropping takes first, chosen on selection windows by either criterion: as
     many as the budgets need, and DRIFT more.
     """
-    most = max(static_counts(model, [max(min(budgets) - DRIFT, 0.0)]).popitem()[1])
+    most = most_to_drop(model, max(min(budgets) - DRIFT, 0.0))
     few = selection.take(range(min(GREEDY_WINDOWS, len(selection))))
     with evaluation_mode(model):
         return {
@@ -173,7 +179,7 @@ def evaluate_tasks(
     budgets = [check_budget(b) for b in dict.fromkeys(budgets)]
     for budget in budgets:
         threshold_for(routing_of(model).config, budget)
-    runs = 1 + len(budgets) * (1 + len(seeds) + 2 * len(orders or {}))
+    runs = 1 + len(budgets) * (1 + len(seeds) + STATIC_RUNS * len(orders or {}))
     total = runs * sum(task.size for task in tasks)
     done = 0
 
@@ -239,20 +245,22 @@ class _Measuring:
         on other text than that of the calibration, this is not the budget.
         """
         kept = {row["budget"]: row["kept_fraction"] for row in routed}
-        counts = static_counts(self.model, list(kept.values()))
+        drops = {
+            budget: Drops.of(self.model, order, fraction).runs()
+            for budget, fraction in kept.items()
+        }
         measured = {
             n: self.task.measure(Variant(1.0, StaticDrop(order[:n])), self.tick)
-            for n in sorted({min(n, len(order)) for around in counts.values() for n in around})
+            for n in sorted({n for runs in drops.values() for n, _ in runs})
         }
-        self.tick(self.task.size * (2 * len(routed) - len(measured)))  # what was not needed
-        rows = []
-        for budget, fraction in kept.items():
-            low, high = (min(n, len(order)) for n in (counts[fraction][0], counts[fraction][-1]))
-            share = exact_count(self.model, fraction) - low if high > low else 0.0
-            row = self._mean(budget, [(measured[low], 1 - share), (measured[high], share)])
-            units = [list(order[:n]) for n in sorted({low, high})]
-            rows.append({**row, "units": units})
-        return rows
+        self.tick(self.task.size * (STATIC_RUNS * len(routed) - len(measured)))  # not needed
+        return [
+            {
+                **self._mean(budget, [(measured[n], share) for n, share in runs]),
+                "units": [list(order[:n]) for n, _ in runs],
+            }
+            for budget, runs in drops.items()
+        ]
 
     def _mean(
         self, budget: float, runs: Sequence[tuple[tuple[Items, Ran], float]]

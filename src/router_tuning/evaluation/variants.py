@@ -15,7 +15,7 @@ from torch import nn
 from router_tuning.baselines import RandomMask, StaticDrop
 from router_tuning.cost import Cost, cost
 from router_tuning.execution.context import decided_by, dense, record
-from router_tuning.record import Trace
+from router_tuning.record import Trace, kept_of_all, kept_of_routed
 
 SHARES = ("kept_fraction", "kept_of_routed", "flops_fraction")
 
@@ -57,6 +57,7 @@ class Ran:
         self._real = 0
         self._kept: dict[str, int] = {}
         self._num_units = 0
+        self._prices: Mapping[str, float] = {}
         self._spent: Cost | None = None
 
     @contextmanager
@@ -71,7 +72,7 @@ class Ran:
 
     def add(self, model: nn.Module, trace: Trace) -> None:
         """Add a trace that begins at its first token."""
-        self._num_units = trace.num_units
+        self._num_units, self._prices = trace.num_units, trace.prices
         self._real += sum(int(f.real_BT.sum()) for f in trace.forwards)
         for name in trace.unit_names:
             kept = sum(int(f.units[name].keep_BT.sum()) for f in trace.forwards)
@@ -85,11 +86,11 @@ class Ran:
 
     def shares(self) -> dict[str, float]:
         """The SHARES of what ran, as perplexity.py's rows have them."""
-        kept, routed = sum(self.kept_per_unit().values()), len(self._kept)
+        kept = self.kept_per_unit()
         assert self._spent is not None, "nothing was recorded"
         return {
-            "kept_fraction": (kept + self._num_units - routed) / self._num_units,
-            "kept_of_routed": kept / routed,
+            "kept_fraction": kept_of_all(kept, self._num_units, self._prices),
+            "kept_of_routed": kept_of_routed(kept, self._prices),
             "flops_fraction": self._spent.flops_fraction,
         }
 

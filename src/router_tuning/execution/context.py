@@ -55,6 +55,8 @@ class Routing:
     num_units_of_kind: int
     input_norms: tuple[str | None, ...]
     """Name of the norm that each layer begins with; None in post-norm families."""
+    prices: Mapping[str, float]
+    """What an execution of each routed unit weighs in a kept fraction (prices.py)."""
     enabled: bool = True
 
     def cached_layers(self, num_layers: int) -> dict[int, bool]:
@@ -314,7 +316,8 @@ def record(model: nn.Module) -> Iterator[Trace]:
     >>> trace.kept_fraction()
     """
     routing = routing_of(model)
-    trace = Trace(routing.num_units_of_kind, tuple(u.name for u in routing.units))
+    names = tuple(unit.name for unit in routing.units)
+    trace = Trace(routing.num_units_of_kind, names, prices=routing.prices)
     with _with_options(model, trace=trace):
         yield trace
 

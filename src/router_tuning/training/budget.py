@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from router_tuning.errors import TrainingError
-from router_tuning.record import ForwardRecord
+from router_tuning.record import ForwardRecord, price_of
 
 STATE_FILE = "router_trainer_state.json"
 """The running mean of the kept fraction and the layout of processes, in a checkpoint."""
@@ -28,7 +29,9 @@ class Kept:
     """How much of the routed kinds one forward ran."""
 
     executions: Tensor
-    """Unit executions over real tokens, unrouted units included. Has a gradient in training."""
+    """Unit executions over real tokens, each at its price, unrouted units included. Has a gradient
+    in training.
+    """
     possible: Tensor
     """The same number if everything had run."""
 
@@ -38,22 +41,29 @@ class Kept:
         return self.executions / self.possible.clamp(min=1)
 
 
-def count_kept(forward: ForwardRecord, num_units: int, counted: Tensor | None = None) -> Kept:
+def count_kept(
+    forward: ForwardRecord,
+    num_units: int,
+    counted: Tensor | None = None,
+    prices: Mapping[str, float] | None = None,
+) -> Kept:
     """Count a forward's executions over all `num_units` units of the kinds and all real tokens.
 
     Args:
         forward: the record.
         num_units: units of the routed kinds in the model, routed or not.
         counted: bool, the rows (B,) or tokens (B, T) that count. None counts all.
+        prices: what an execution of each unit weighs. None: 1 each.
     """
+    prices = prices or {}
     real_BT = forward.real_BT
     if counted is not None:
         real_BT = real_BT & (counted if counted.ndim == 2 else counted[:, None])
     real = real_BT.sum().float()
-    executions = (num_units - len(forward.units)) * real
-    for unit in forward.units.values():
+    executions = (num_units - price_of(forward.units, prices)) * real
+    for name, unit in forward.units.items():
         gate_BT = unit.keep_BT if unit.soft_BT is None else unit.soft_BT
-        executions = executions + (gate_BT.float() * real_BT).sum()
+        executions = executions + prices.get(name, 1.0) * (gate_BT.float() * real_BT).sum()
     return Kept(executions, num_units * real)
 
 

@@ -154,7 +154,7 @@ class RouterTrainerMixin(_Trainer):
             raise TrainingError(
                 "the routers are switched off (disable_adapter?), so there is nothing to train"
             )
-        kept = count_kept(_counted(trace.forwards), trace.num_units, lowered == 0)
+        kept = count_kept(_counted(trace.forwards), trace.num_units, lowered == 0, trace.prices)
         if torch.is_grad_enabled():
             # A loss over all tokens of the optimizer step is not divided by the Trainer; a mean is.
             parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps

@@ -58,7 +58,7 @@ def warm_start(
     """
     seen = sensitivities(model, batches, progress, seed=seed)
     means = _means(seen)
-    routers = routers_of(model)
+    routers, prices = routers_of(model), routing_of(model).prices
     weights: dict[str, Tensor] = {}
     logs = {name: math.log(max(mean, LEAST)) for name, mean in means.items()}
     for name, of_unit in seen.items():
@@ -66,6 +66,8 @@ def warm_start(
         fitted = of_unit.fitted() if weight is not None and len(weight) == 1 else None
         if fitted is not None:
             weights[name], logs[name] = fitted
+    # What is missed least for what it costs goes first.
+    logs = {name: log - math.log(prices[name]) for name, log in logs.items()}
     low = _quantile(
         [
             seen[name].logits(weights[name], log) if name in weights else torch.tensor([log])
