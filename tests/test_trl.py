@@ -402,6 +402,9 @@ def test_experts_have_no_loss_of_their_own(sft: Callable[..., RouterSFTTrainer])
     trainer = sft(routed("mixtral"))
     assert not trainer.routed.config.output_router_logits  # type: ignore[union-attr]
     trainer.train()
+    for objective in ("distill", "lm"):
+        with pytest.raises(ConfigError, match=r"router_aux_loss_coef=0\.01 weighs"):
+            sft(routed("mixtral"), objective=objective, router_aux_loss_coef=0.01)
 
 
 # ---- packed texts ----

@@ -1,4 +1,5 @@
-"""Where attention, MLP and block sit in each model family. The only file that knows family names.
+"""Where attention, MLP, block and experts sit in each model family. The only file that knows family
+names.
 
 A *unit* is what one routing decision runs or skips: the attention or the MLP of one decoder layer,
 or the layer as a whole (a block). A family that is not in the table is found by its structure,
@@ -274,6 +275,20 @@ def part_of(decoder: nn.Module, layer: nn.Module, kind: str) -> nn.Module:
 def attention_of(decoder: nn.Module, layer: nn.Module) -> nn.Module | None:
     """The attention module of a decoder layer; None where it has another mixer."""
     return getattr(layer, family_of(decoder).modules["attn"], None)
+
+
+def experts_of(decoder: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """What holds the experts of a layer's MLP, and is called with tokens and the experts that each
+    goes to; None where the MLP is no mixture of experts.
+    """
+    experts = getattr(getattr(layer, family_of(decoder).modules["mlp"], None), "experts", None)
+    return experts if isinstance(experts, nn.Module) else None
+
+
+def mixture_layers(decoder: nn.Module) -> dict[int, nn.Module]:
+    """The experts of each decoder layer that has some, by the layer's index."""
+    found = {index: experts_of(decoder, x) for index, x in enumerate(decoder_layers(decoder))}
+    return {index: experts for index, experts in found.items() if experts is not None}
 
 
 def post_norm_of(decoder: nn.Module, layer: nn.Module, kind: str) -> nn.Module | None:

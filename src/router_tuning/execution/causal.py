@@ -22,6 +22,7 @@ from router_tuning.execution.context import (
     routing_of,
 )
 from router_tuning.execution.door import KEYWORDS, bind, taken_out
+from router_tuning.execution.experts import mask_for_the_decoder
 from router_tuning.execution.prompts import (
     NO_CACHE,
     asks_for_everything,
@@ -49,9 +50,13 @@ def accept_keywords(causal_class: type) -> Callable[..., Any]:
     def forward(causal: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             ours = taken_out(kwargs)
-            if ours:
-                stack.enter_context(called_with(causal, ours))
-            labels = bind(causal_class, args, kwargs).get("labels")
+            given = bind(causal_class, args, kwargs)
+            mask = mask_for_the_decoder(causal, given)
+            if mask:
+                args, kwargs = (), given
+            if ours or mask:
+                stack.enter_context(called_with(causal, {**ours, **mask}))
+            labels = given.get("labels")
             if labels is not None and asks_for_prompts(causal):
                 stack.enter_context(prompts_until(causal, label_starts(labels)))
             return original_forward(causal)(*args, **kwargs)

@@ -28,6 +28,7 @@ from router_tuning.execution.context import (
     original_forward,
     routing_of,
 )
+from router_tuning.execution.experts import MASK, gives_logits_of_what_ran, keep_what_ran
 from router_tuning.execution.handover import Sent, opened
 from router_tuning.execution.prompts import NO_CACHE, pools_everything, prompt_of
 from router_tuning.units import cache_argument, decoder_layers, family_of
@@ -45,6 +46,8 @@ def enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if options.dense or not routing.enabled:
         with opened(None):
             return dense_forward(*args, **kwargs)
+    if MASK in ours:
+        kwargs[MASK] = ours[MASK]
     given = bind(type(decoder), args, kwargs)
     if given.get("input_ids") is None and given.get("inputs_embeds") is None:
         return dense_forward(*args, **kwargs)  # raises transformers' own error
@@ -74,6 +77,8 @@ def enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with opened(context):
         run = dense_forward if context.masked else functools.partial(_uncompiled, dense_forward)
         output = run(*args, **kwargs)
+    if gives_logits_of_what_ran(decoder, given):
+        keep_what_ran(output, context)
     # Appended when it is complete: an interrupted forward leaves no half record.
     if options.trace is not None:
         options.trace.forwards.append(context.record)

@@ -261,10 +261,14 @@ class RouterTrainerMixin(_Trainer):
     def _hidden(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """Last hidden states, and outputs with the logits of the last column only."""
         found: list[Tensor] = []
+        decoder = decoder_of(self.routed)
+        if getattr(decoder.config, "output_router_logits", False):
+            inputs = {
+                **inputs,
+                "output_router_logits": False,
+            }  # the objectives have no use for them
         # Called through `model`, which may be wrapped, and caught at the decoder.
-        handle = decoder_of(self.routed).register_forward_hook(
-            lambda module, args, output: found.append(output[0])
-        )
+        handle = decoder.register_forward_hook(lambda module, args, output: found.append(output[0]))
         try:
             outputs = model(**inputs, logits_to_keep=1, use_cache=False)
         finally:

@@ -63,6 +63,12 @@ class RouterSFTTrainer(RouterTrainerMixin, SFTTrainer):
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
         self._check_packing()
+        if self.aux_loss_enabled and not self._leaves_the_loss_to_trl():
+            raise ConfigError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef} weighs a load-balancing loss, "
+                f'which the objective "{self.args.objective}" has not: experts are frozen, and so '
+                "is who picks them; leave it at 0.0"
+            )
         if self.args.objective == "distill" and self.args.loss_type != "nll":
             raise ConfigError(
                 f'loss_type="{self.args.loss_type}" is a loss on labels, and objective "distill" '
@@ -97,11 +103,7 @@ class RouterSFTTrainer(RouterTrainerMixin, SFTTrainer):
         return_outputs: bool = False,
     ) -> tuple[Tensor, Any]:
         """As `RouterTrainer`'s, from chunks of logits. Losses that are TRL's own are left to it."""
-        if self.args.objective == "lm" and (
-            self.args.loss_type != "nll"
-            or self.label_smoother is not None
-            or callable(self.compute_loss_func)
-        ):
+        if self._leaves_the_loss_to_trl():
             return super().task_loss(model, inputs, num_items_in_batch, return_outputs)
         self._predictions = Predictions()
         if self.args.objective == "distill":
@@ -110,6 +112,13 @@ class RouterSFTTrainer(RouterTrainerMixin, SFTTrainer):
             loss_and_outputs = self._lm(model, inputs, num_items_in_batch)
         self._note(self._predictions)
         return loss_and_outputs
+
+    def _leaves_the_loss_to_trl(self) -> bool:
+        return self.args.objective == "lm" and (
+            self.args.loss_type != "nll"
+            or self.label_smoother is not None
+            or callable(self.compute_loss_func)
+        )
 
     def _note(self, predictions: Predictions) -> None:
         """Put the metrics where TRL's own log looks for them."""
