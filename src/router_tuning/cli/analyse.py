@@ -81,6 +81,18 @@ def analyse(
         Path | None,
         typer.Option("--figure", metavar="FILE", help="Draw what is kept, by layer and by token."),
     ] = None,
+    experts: Annotated[
+        bool,
+        typer.Option(
+            "--experts",
+            help="Of a mixture of experts: count the tokens that each expert is assigned, and that "
+            "it executes, before and with the routers.",
+        ),
+    ] = False,
+    expert_figure: Annotated[
+        Path | None,
+        typer.Option("--expert-figure", metavar="FILE", help="Draw that; goes with --experts."),
+    ] = None,
     model: BaseModel = None,
     batch_size: BatchSize = 8,
     length: Length = 256,
@@ -98,6 +110,8 @@ def analyse(
     """
     started = time.time()
     _check_budget(budget, calibrated, start_from)
+    if expert_figure is not None and not experts:
+        raise ConfigError("--expert-figure draws what --experts counts: give --experts too")
     files = files_by_name("--data", data)
     names = adapter_names(adapter)
     from router_tuning.cli.adapters import base_name, load_base
@@ -107,6 +121,7 @@ def analyse(
         check_one_start,
         configs_of,
         of_adapter,
+        of_dense,
         of_start,
         routed_entry,
         start_rows_of,
@@ -114,6 +129,7 @@ def analyse(
         text_of,
     )
     from router_tuning.data import load_examples, make_windows
+    from router_tuning.evaluation.expert_analysis import check_mixture, experts_entry
     from router_tuning.evaluation.routing_analysis import stability
 
     configs = configs_of(adapter)
@@ -124,18 +140,22 @@ def analyse(
     examples = {name: load_examples(file) for name, file in files.items()}
     start_text = None if start_from is None else load_examples(start_from)
     loaded = load_base(model or base_name(adapter[0]), dtype, device)
-    asked = Asked(budget, calibrated, batch_size)
+    if experts:
+        check_mixture(loaded.model)
+    asked = Asked(budget, calibrated, batch_size, experts)
     domains = {
         name: make_windows(loaded.tokenizer, found, length=length, limit=limit)
         for name, found in examples.items()
     }
     text = text_of(loaded, domains, batch_size)
-    decided = {}
+    ran = {}
     if start_text is not None:
         rows = start_rows_of(loaded, start_text, length, start_rows, seed)
-        decided[START] = of_start(loaded, configs[0], rows, seed, text, asked)
+        ran[START] = of_start(loaded, configs[0], rows, seed, text, asked)
     for name, folder in zip(names, adapter, strict=True):
-        decided[name] = of_adapter(loaded, folder, name, text, asked)
+        ran[name] = of_adapter(loaded, folder, name, text, asked)
+    decided = {name: of.decisions for name, of in ran.items()}
+    used = {name: of.experts for name, of in ran.items() if of.experts is not None}
     told = dict(zip(names, configs, strict=True)) | {START: configs[0]}
     found = {name: routed_entry(name, told[name], of, text) for name, of in decided.items()}
     pairs = [
@@ -151,6 +171,7 @@ def analyse(
         "start": found.pop(START, None),
         "adapters": list(found.values()),
         "pairs": pairs,
+        "experts": experts_entry(of_dense(loaded, text, asked), used) if experts else None,
         "run": run_record(
             ctx,
             started=started,
@@ -165,6 +186,10 @@ def analyse(
         from router_tuning.report.routing_figures import routing_figure
 
         routing_figure(result, figure)
+    if expert_figure is not None:
+        from router_tuning.report.expert_figures import expert_figure as draw
+
+        draw(result["experts"], expert_figure)
     _show(result)
 
 
@@ -196,6 +221,12 @@ def _show(result: dict[str, Any]) -> None:
     stdout().print(token_table(result))
     if result["pairs"]:
         stdout().print(stability_table(result))
+    if result["experts"] is not None:
+        from router_tuning.report.expert_tables import expert_stability_table, expert_table
+
+        stdout().print(expert_table(result["experts"]))
+        if result["experts"]["pairs"]:
+            stdout().print(expert_stability_table(result["experts"]))
     tokens = sum(text["tokens"] for text in result["text"].values())
     show(
         f"{tokens} tokens, thresholds from the {result['threshold_from']}. kappa: equal decisions "

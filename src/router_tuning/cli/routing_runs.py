@@ -15,6 +15,7 @@ from router_tuning.cli.console import bar
 from router_tuning.config import threshold_for
 from router_tuning.data import Example, Windows, make_windows
 from router_tuning.errors import BaseModelMismatchError, ConfigError
+from router_tuning.evaluation.expert_analysis import ExpertCounts, count_experts
 from router_tuning.evaluation.routing_analysis import (
     Decisions,
     DomainText,
@@ -44,11 +45,20 @@ HOW = (
 
 @dataclass(frozen=True)
 class Asked:
-    """How decisions are made: see `decide`."""
+    """How decisions are made: see `decide`. And whether tokens of experts are counted."""
 
     budget: float
     calibrated: bool
     batch_size: int
+    experts: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one model decided, and which experts it used, where that was asked for."""
+
+    decisions: Decisions
+    experts: ExpertCounts | None
 
 
 def configs_of(folders: Sequence[str]) -> list[RouterTuningConfig]:
@@ -109,11 +119,16 @@ def text_of(loaded: Loaded, domains: Mapping[str, Windows], batch_size: int) -> 
         )
 
 
-def of_adapter(loaded: Loaded, folder: str, name: str, text: DomainText, asked: Asked) -> Decisions:
+def of_dense(loaded: Loaded, text: DomainText, asked: Asked) -> ExpertCounts:
+    """Which experts the dense model uses."""
+    return _experts(loaded.model, "the dense model", text, None, asked)
+
+
+def of_adapter(loaded: Loaded, folder: str, name: str, text: DomainText, asked: Asked) -> Found:
     """What an adapter decides. The base model is as it was then."""
     routed = load_adapter(folder, loaded.model).eval()
     try:
-        return _decided(routed, name, text, asked)
+        return _found(routed, name, text, asked)
     finally:
         routed.unload()
 
@@ -125,7 +140,7 @@ def of_start(
     seed: int,
     text: DomainText,
     asked: Asked,
-) -> Decisions:
+) -> Found:
     """What routers decide that were fitted to the rows, as before the first step of a training.
     LoRA, which begins as nothing, is left out.
     """
@@ -135,7 +150,7 @@ def of_start(
         with bar(f"Fitting the start to {rows.num_tokens} tokens") as progress:
             inputs = [{"input_ids": ids_L[None]} for ids_L in rows.ids]
             warm_start(routed, inputs, progress, seed=seed)
-        return _decided(routed, "the start", text, asked)
+        return _found(routed, "the start", text, asked)
     finally:
         routed.unload()
 
@@ -148,9 +163,9 @@ def start_rows_of(
     return make_windows(loaded.tokenizer, examples, length=length, limit=rows)
 
 
-def _decided(routed: Any, name: str, text: DomainText, asked: Asked) -> Decisions:
+def _found(routed: Any, name: str, text: DomainText, asked: Asked) -> Found:
     with bar(f"Routing by {name}") as progress:
-        return decide(
+        decisions = decide(
             routed,
             text,
             asked.budget,
@@ -158,6 +173,15 @@ def _decided(routed: Any, name: str, text: DomainText, asked: Asked) -> Decision
             batch_size=asked.batch_size,
             progress=progress,
         )
+    experts = _experts(routed, name, text, decisions, asked) if asked.experts else None
+    return Found(decisions, experts)
+
+
+def _experts(
+    model: Any, name: str, text: DomainText, decisions: Decisions | None, asked: Asked
+) -> ExpertCounts:
+    with bar(f"Counting tokens of experts, {name}") as progress:
+        return count_experts(model, text, decisions, batch_size=asked.batch_size, progress=progress)
 
 
 def text_entry(text: DomainText) -> dict[str, dict[str, Any]]:
