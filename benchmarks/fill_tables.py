@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import mixture_tables
 import quality_figure
 import quality_tables
 import routing_tables
@@ -67,7 +68,8 @@ def results() -> list[str]:
         parts += [quality_tables.everything(path, "../") for path in paths if path.exists()]
     for path in _routing():
         parts += routing_tables.routing(path, "../")
-    return parts
+    mixture = RESULTS / "mixture.json"  # whose figures mixture.py draws
+    return [*parts, *(mixture_tables.mixture(mixture, "../") if mixture.exists() else [])]
 
 
 def _routing() -> list[Path]:

@@ -19,7 +19,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -87,37 +87,38 @@ class Bench:
     teacher: dict[bytes, torch.Tensor]
 
 
-def main() -> None:
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the arguments ask for; None takes those of the command line."""
+    options = _options(arguments)
     path = Path(options.json)
     if not options.resume:
         path.unlink(missing_ok=True)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     bench = _prepare(options)
-    document = _update(path, lambda document: _describe(document, bench))
+    document = update(path, lambda document: _describe(document, bench))
     if "dense" not in document:
         dense = {name: _loss(bench.measured, windows) for name, windows in bench.report.items()}
         _say("dense", dense)
-        _update(path, lambda document: document.update(dense=dense))
+        update(path, lambda document: document.update(dense=dense))
     if options.static and "static" not in document:
         static = _static(bench)
-        _update(path, lambda document: document.update(static=static))
+        update(path, lambda document: document.update(static=static))
     if options.random and "random" not in document:
         found = _random(bench)
-        _update(path, lambda document: document.update(random=found))
+        update(path, lambda document: document.update(random=found))
     done = [(run["setting"], run["seed"], {**LATER, **run["tuning"]}) for run in document["runs"]]
     for seed in options.seeds:
         for setting in options.settings:
             if (setting, seed, _tuning(options)) not in done:
                 run = _run(bench, setting, seed)
-                _update(path, lambda document, run=run: document["runs"].append(run))
+                update(path, lambda document, run=run: document["runs"].append(run))
             elif options.widen:
                 at = done.index((setting, seed, _tuning(options)))
                 rows = _widened(bench, setting, seed)
-                _update(path, lambda document, at=at, rows=rows: _add_rows(document, at, rows))
+                update(path, lambda document, at=at, rows=rows: _add_rows(document, at, rows))
 
 
-def _update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Change the result file; other processes may be adding to it too."""
     with FileLock(f"{path}.lock"):
         document = json.loads(path.read_text()) if path.exists() else {"runs": []}
@@ -126,7 +127,7 @@ def _update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, A
     return dict(document)
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--train", required=True)
@@ -153,6 +154,9 @@ def _options() -> argparse.Namespace:
         metavar="NAME=JSON",
         help="an argument of RouterTrainingArguments that is not the default's",
     )
+    parser.add_argument(
+        "--held-back", metavar="FILE", help="text for thresholds and orders: else some of --train"
+    )
     parser.add_argument("--held-back-windows", type=int, default=16, help="for thresholds, orders")
     parser.add_argument("--report-windows", type=int, default=32)
     parser.add_argument("--static", type=_numbers(int), default=[], help="numbers of units to drop")
@@ -169,7 +173,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--json", required=True)
     parser.add_argument("--continue", dest="resume", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     given = (item.partition("=") for item in options.argument)
     options.argument = {name: json.loads(value) for name, _, value in given}
     return options
@@ -188,9 +192,12 @@ def _prepare(options: argparse.Namespace) -> Bench:
         trained = load_model(options.model, dtype=dtype).requires_grad_(False)
         trained.set_attn_implementation(options.attention)
     tokenizer = load_tokenizer(options.model)
-    examples = load_examples(options.train)
-    held = max(len(examples) // 20, 1)  # the last of them: as training grows, they stay
-    rest = examples[:-held]
+    rest = load_examples(options.train)
+    if options.held_back is None:
+        last = max(len(rest) // 20, 1)  # as training grows, they stay
+        rest, held = rest[:-last], rest[-last:]
+    else:
+        held = load_examples(options.held_back)
     random.Random(0).shuffle(rest)  # files are sorted by subject, more or less
     report = {}
     for item in options.report:
@@ -203,7 +210,7 @@ def _prepare(options: argparse.Namespace) -> Bench:
         trained,
         measured,
         train,
-        make_windows(tokenizer, examples[-held:], limit=options.held_back_windows),
+        make_windows(tokenizer, held, limit=options.held_back_windows),
         report,
         _teach(trained, options.model, train, options.teacher) if options.settings else {},
     )
@@ -221,7 +228,7 @@ def _describe(document: dict[str, Any], bench: Bench) -> None:
     """Who runs what on what; refuses to mix runs that were measured differently."""
     options, before = bench.options, document.get("run", {})
     measured = {
-        "model": options.model,
+        "model": _shown(options.model),
         "report_windows": options.report_windows,
         "held_back_windows": options.held_back_windows,
         "dtype": "float32",
@@ -442,7 +449,7 @@ def _static(bench: Bench) -> dict[str, Any]:
     routed = _controlled(bench)
     orders = {"cosine": cosine_order(routed, held)}
     if options.greedy_windows:
-        few = held.take(range(options.greedy_windows))
+        few = held.take(range(min(options.greedy_windows, len(held))))
         orders["greedy"] = greedy_order(routed, few, max(options.static))
     found: dict[str, Any] = {"orders": orders, "greedy_windows": options.greedy_windows}
     for name, windows in bench.report.items():

@@ -5,6 +5,7 @@ Run by fill_tables.py. A line is the mean over seeds, a band from their least to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ STYLES = {
     "all": ('token, kv="all"', "#0b5fa5", "o"),
     "kept_window": ('token, kv="kept", 20 keys of sink and window', "#b5541c", "s"),
     "kept": ('token, kv="kept"', "#7a4fa3", "D"),
+    "mlp_token": ("MLPs, token", "#0b5fa5", "o"),
     "cosine": ("static, cosine", "#5b7f2b", "v"),
     "greedy": ("static, greedy", "#8a8a8a", "^"),
+    "random": ("random", "#c98a00", "x"),
 }
 PANELS = (
     ("alpaca", "loss", "Alpaca, all tokens"),
@@ -30,14 +33,23 @@ MOST = 0.5
 """Nats at the top of a panel."""
 
 
-def draw(result: Path, path: Path) -> None:
-    """Draw a result of quality.py into a file whose ending names its format."""
+def draw(
+    result: Path,
+    path: Path,
+    panels: Sequence[tuple[str, str, str]] = PANELS,
+    *,
+    random: bool = False,
+) -> None:
+    """Draw a result of quality.py into a file whose ending names its format. A panel is a text, a
+    measure and a title; `random` adds the random masks.
+    """
     document = read(result)
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    if not random:
+        document.pop("random", None)
+    figure = Figure(figsize=(max(3.7 * len(panels), 6), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (text, measure, title) in zip(
-        figure.subplots(1, 3, sharey=True), PANELS, strict=True
-    ):
+    places = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (text, measure, title) in zip(places, panels, strict=True):
         for name, curves in _curves(document, text, measure).items():
             _line(axes, name, curves)
         axes.axhline(0, color="#1a1a1a", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -63,7 +75,10 @@ def _curves(document: Any, text: str, measure: str) -> dict[str, list[quality_ta
         if (setting, False) in newest
     }
     statics = quality_tables.statics(document, text, measure)
-    return {**found, **{kind: [curve] for kind, curve in statics.items()}}
+    found |= {kind: [curve] for kind, curve in statics.items()}
+    if "random" in document:
+        found["random"] = [quality_tables.curve(document["random"][text], base, measure)]
+    return found
 
 
 def _line(axes: Any, name: str, curves: list[quality_tables.Curve]) -> None:

@@ -98,7 +98,7 @@ def granularities(model: str, root: str) -> str:
         "|---|---|" + "---|" * (len(columns) + 1),
     ]
     for kind, document in found.items():
-        for label, tuned_on, curves in _deciders(document, texts):
+        for label, tuned_on, curves in deciders(document, texts):
             cells = [_cell([at(curves[text], kept)]) for text in texts for kept in UNITS_KEPT]
             lines.append(f"| {kind} | {label} | {' | '.join(cells)} | {tuned_on} |")
     return "\n".join(lines)
@@ -156,8 +156,8 @@ def _groups(runs: list[Run]) -> list[list[Run]]:
     return list(found.values())
 
 
-def _deciders(document: Run, texts: list[str]) -> list[tuple[str, str, dict[str, Curve]]]:
-    """Label, tuning, and a curve for each text."""
+def deciders(document: Run, texts: list[str]) -> list[tuple[str, str, dict[str, Curve]]]:
+    """Label, tuning, and a curve for each text: the last run of each setting, and the controls."""
     dense = document["dense"]
     found = []
     for setting in (name for name in NAMES if name not in ("kept", "learned_static")):
