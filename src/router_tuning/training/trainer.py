@@ -263,10 +263,8 @@ class RouterTrainerMixin(_Trainer):
         found: list[Tensor] = []
         decoder = decoder_of(self.routed)
         if getattr(decoder.config, "output_router_logits", False):
-            inputs = {
-                **inputs,
-                "output_router_logits": False,
-            }  # the objectives have no use for them
+            # The objectives have no use for them.
+            inputs = {**inputs, "output_router_logits": False}
         # Called through `model`, which may be wrapped, and caught at the decoder.
         handle = decoder.register_forward_hook(lambda module, args, output: found.append(output[0]))
         try:
