@@ -8,8 +8,7 @@ and for static orders. Everything but the JSON and the figures stays in the fold
 JSON is rewritten after every piece, and `--continue` goes on where it stopped. Example:
 
     python benchmarks/mixture.py --text shakespeare=tinyshakespeare.txt \\
-        --text wikitext=wikitext2_valid.txt --text alpaca=alpaca_train.jsonl \\
-        --work runs/mixture --json benchmarks/results/mixture.json
+        --text alpaca=alpaca_train.jsonl --work runs/mixture --json benchmarks/results/mixture.json
 """
 
 from __future__ import annotations
