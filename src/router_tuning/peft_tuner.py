@@ -240,7 +240,7 @@ class RouterTuningModel(BaseTuner):
         config = _own(self.peft_config[names[0]]) if names else None
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         activate_lora(self.model, names, inference_mode)
-        _follow(self.model, config)
+        _follow(self.model, names[0] if names else "", config)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. In the place of an active one, the first other one becomes active."""
@@ -480,7 +480,7 @@ def _router_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, RouterLay
                 yield layer, name, child
 
 
-def _follow(model: nn.Module, config: RouterTuningConfig | None) -> None:
+def _follow(model: nn.Module, adapter_name: str, config: RouterTuningConfig | None) -> None:
     """Set the engine to the active adapter's settings; None takes it off."""
     before: Routing | None = decoder_of(model).__dict__.get("routing")
     if config is None:
@@ -492,6 +492,7 @@ def _follow(model: nn.Module, config: RouterTuningConfig | None) -> None:
         uninstall(model)
         install(model, config)
         routing_of(model).enabled = before is None or before.enabled
+    routing_of(model).adapter = adapter_name
     for _, _, child in _router_layers(model):
         child._routing = routing_of(model)
 

@@ -59,6 +59,7 @@ def cache_layer(cache: Any, unit: Unit, context: ForwardContext) -> RoutedCacheL
         return None
     every_key = context.config.kv == "all"
     if not every_key or unit.kind in context.sequence_kinds:
-        return touch(cache, unit.layer_idx, every_key=every_key)
+        adapter = context.routing.adapter
+        return touch(cache, unit.layer_idx, every_key=every_key, adapter=adapter)
     check_layer(cache, unit.layer_idx, every_key=every_key)
     return None

@@ -309,9 +309,18 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, inner: Any) -> None:
         # Typed loosely: the base class of transformers' layers does not name all they share.
         self.inner = inner
+        self.adapter = ""
+        """Whose routers filled it."""
         self.store: KeptKeys | None = None
         self.prefixes: dict[str, PrefixLogits] = {}  # by unit's name
         self.prompts: dict[str, PromptLogit] = {}
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it holds what only the adapter that filled it can go on with: some of the keys,
+        or the beginning of its decisions.
+        """
+        return self.store is not None or bool(self.prefixes or self.prompts)
 
     @property
     def sliding_window(self) -> int | None:
@@ -404,7 +413,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Remove the last -tokens_to_remove tokens (a positive number, before 5.20, is the length
         to keep).
         """
-        if tokens_to_remove >= 0 and self.store is None and not (self.prefixes or self.prompts):
+        if tokens_to_remove >= 0 and not self.is_bound:
             self.inner.crop(tokens_to_remove)
             return
         seen = self.get_seq_length()
@@ -458,33 +467,44 @@ def _empty(layer: Any) -> None:
     layer.is_initialized = False
 
 
-def touch(cache: object, layer_idx: int, *, every_key: bool = False) -> RoutedCacheLayer:
-    """The routed layer of a cache, put in the place of the ordinary one on first touch.
+def touch(
+    cache: object, layer_idx: int, *, every_key: bool = False, adapter: str = ""
+) -> RoutedCacheLayer:
+    """The routed layer of a cache, put in the place of the ordinary one on first touch; `adapter`
+    is noted as the one that fills it.
 
     Raises:
         UnsupportedCallError: a cache whose layers cannot be routed (see check_layer).
     """
     layer = check_layer(cache, layer_idx, every_key=every_key)
-    if isinstance(layer, RoutedCacheLayer):
-        return layer
-    routed = RoutedCacheLayer(layer)
+    routed = layer if isinstance(layer, RoutedCacheLayer) else RoutedCacheLayer(layer)
+    routed.adapter = adapter
     cache.layers[layer_idx] = routed  # type: ignore[attr-defined]
     return routed
 
 
-def check_cache(cache: object, layers: Mapping[int, bool]) -> None:
+def check_cache(cache: object, layers: Mapping[int, bool], adapter: str = "") -> None:
     """Refuse a cache whose routed layers routing cannot serve, before anything is read from it.
 
     Args:
         layers: whether each of these layers has to hold the key of every token.
+        adapter: the one that is to go on with the cache.
 
     Raises:
-        UnsupportedCallError: paged, offloaded, quantised, static where only kept keys are held, or
-            no cache of transformers.
+        UnsupportedCallError: paged, offloaded, quantised, static where only kept keys are held, no
+            cache of transformers, or one that another adapter filled and left keys out of.
     """
-    if cache is not None:
-        for layer_idx, every_key in layers.items():
-            check_layer(cache, layer_idx, every_key=every_key)
+    if cache is None:
+        return
+    for layer_idx, every_key in layers.items():
+        check_layer(cache, layer_idx, every_key=every_key)
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, RoutedCacheLayer) and layer.is_bound and layer.adapter != adapter:
+            raise UnsupportedCallError(
+                f"this cache was filled under the adapter {layer.adapter!r}, by its decisions and "
+                f"its policy for keys, and {adapter!r} cannot go on with it; start a new cache, or "
+                f"set_adapter({layer.adapter!r})"
+            )
 
 
 def check_layer(cache: object, layer_idx: int, *, every_key: bool = False) -> Any:

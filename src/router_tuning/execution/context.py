@@ -58,6 +58,8 @@ class Routing:
     prices: Mapping[str, float]
     """What an execution of each routed unit weighs in a kept fraction (prices.py)."""
     enabled: bool = True
+    adapter: str = ""
+    """Name of the active adapter, by which a cache is told from another adapter's."""
 
     def cached_layers(self, num_layers: int) -> dict[int, bool]:
         """The layers, of those that run, whose keys or decisions a cache has to hold for the units,

@@ -56,7 +56,8 @@ def enter_decoder(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if path == "masked":
         kwargs = _without_cache(given, kwargs)
     elif _fills_a_cache(decoder, given):
-        check_cache(_cache_in(given), routing.cached_layers(len(decoder_layers(decoder))))
+        layers = routing.cached_layers(len(decoder_layers(decoder)))
+        check_cache(_cache_in(given), layers, routing.adapter)
         if _cache_in(given) is None and routing.remembers_for_mlps():
             # The decoder would make one that MLPs are not called with.
             made = DynamicCache(config=decoder.config)  # type: ignore[arg-type]

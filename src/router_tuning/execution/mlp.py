@@ -52,4 +52,5 @@ def _cache_layer(unit: Unit, context: ForwardContext) -> RoutedCacheLayer | None
     """Where a sequence decision is remembered from one forward to the next."""
     if context.cache is None or unit.kind not in context.sequence_kinds:
         return None
-    return touch(context.cache, unit.memory, every_key=True)
+    adapter = context.routing.adapter
+    return touch(context.cache, unit.memory, every_key=True, adapter=adapter)
