@@ -94,6 +94,23 @@ def base_model_of(model: nn.Module) -> nn.Module:
     return unwrap() if callable(unwrap) else model
 
 
+def is_dequantised(base: nn.Module) -> bool:
+    """Whether a GGUF file's weights were made plain numbers as they were loaded. transformers still
+    calls such a model quantised, since it keeps those of some families packed.
+    """
+    method = getattr(_quantisation(base), "quant_method", None)
+    return method == "gguf" and not any(map(_is_packed, base.parameters()))
+
+
+def _quantisation(base: nn.Module) -> Any:
+    return getattr(getattr(base, "config", None), "quantization_config", None)
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    # One-byte floats are packed too.
+    return not parameter.is_floating_point() or parameter.dtype.itemsize == 1
+
+
 def _text_config(base: nn.Module) -> Any:
     config: Any = getattr(base, "config", None)
     text = getattr(config, "get_text_config", None)
@@ -140,12 +157,12 @@ def _in_name_order(base: nn.Module) -> list[nn.Parameter]:
 
 def _why_not(base: nn.Module, parameters: list[nn.Parameter]) -> str | None:
     """Why these weights cannot be fingerprinted, or None if they can."""
-    quantised = getattr(getattr(base, "config", None), "quantization_config", None) is not None
-    # One-byte floats are quantised too; subclasses of Tensor hide their numbers (torchao, DTensor).
-    if quantised or any(not p.is_floating_point() or p.dtype.itemsize == 1 for p in parameters):
+    quantised = _quantisation(base) is not None and not is_dequantised(base)
+    if quantised or any(map(_is_packed, parameters)):
         return "the weights are quantised, so there is no fingerprint"
     if any(p.is_meta for p in parameters):
         return "some weights are not in memory, so there is no fingerprint"
+    # Subclasses of Tensor hide their numbers (torchao, DTensor).
     if any(type(p.data) is not Tensor for p in parameters):
         return "the weights are sharded or packed, so there is no fingerprint"
     return None if parameters else "the model has no weights, so there is no fingerprint"

@@ -5,6 +5,8 @@ Shapes: B batch, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from router_tuning.errors import ConfigError, TrainingError
 from router_tuning.execution.context import routers_of, routing_of
 from router_tuning.execution.prompts import pools_everything
+from router_tuning.identity import base_model_of, is_dequantised
 from router_tuning.lora import lora_parameters
 from router_tuning.training.arguments import REENTRANT, RouterTrainingArguments
 from router_tuning.training.processes import check_launch
@@ -31,6 +34,23 @@ def check_arguments(args: Any, wanted: type[RouterTrainingArguments]) -> None:
     check_launch(args)
     if args.should_save:
         check_writable(str(args.output_dir))
+
+
+@contextmanager
+def plain_if_dequantised(model: Any) -> Iterator[None]:
+    """Let a Trainer take a model whose weights were made plain as they were loaded, from a GGUF
+    file, say: transformers goes on to call it quantised, and trains no such model.
+    """
+    base = None if model is None else base_model_of(model)
+    said = None if base is None else base.__dict__.get("is_quantized")
+    if base is None or not said or not is_dequantised(base):
+        yield
+        return
+    base.__dict__["is_quantized"] = False
+    try:
+        yield
+    finally:
+        base.__dict__["is_quantized"] = said
 
 
 def check_model(model: nn.Module, args: RouterTrainingArguments) -> None:

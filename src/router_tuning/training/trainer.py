@@ -53,6 +53,7 @@ from router_tuning.training.checks import (
     check_checkpointing,
     check_head,
     check_model,
+    plain_if_dequantised,
 )
 from router_tuning.training.objectives import (
     Head,
@@ -104,7 +105,8 @@ class RouterTrainerMixin(_Trainer):
         args = self.arguments() if args is None else args
         check_arguments(args, self.arguments)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-        super().__init__(model=model, args=args, **kwargs)
+        with plain_if_dequantised(model):
+            super().__init__(model=model, args=args, **kwargs)
         check_engine(self.accelerator)
         check_model(self.routed, args)
         self._use_cache = use_cache
@@ -473,7 +475,7 @@ class RouterTrainerMixin(_Trainer):
             warm_start(
                 self.routed,
                 rows,
-                lambda done, total: _advance(shown, done, total),
+                lambda done, total: _advance(shown, total),
                 seed=self.args.seed,
             )
 
@@ -625,9 +627,9 @@ def _counted(forwards: list[ForwardRecord]) -> ForwardRecord:
     return ([forward for forward in forwards if trains(forward)] or forwards)[-1]
 
 
-def _advance(shown: Any, done: int, total: int) -> None:
+def _advance(shown: Any, total: int) -> None:
     shown.total = total
-    shown.update(done - shown.n)
+    shown.update(1)  # where progress bars are off it counts nothing, so ask it for no number
 
 
 def _finite_gradients(model: nn.Module) -> bool:
