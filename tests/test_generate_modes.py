@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer, StaticLayer
@@ -62,6 +63,13 @@ ALL_KEYS = [
         ("attn_sequence", "block_token", "mlp_sequence"),
     )[i % 2]
 ]
+
+
+OLD_SLIDING_LAYERS = transformers.__version__.startswith("5.16.")
+"""Whether cropping a full sliding layer, or one that an early exit leaves empty, fails: in a dense
+Gemma 3 too.
+"""
+
 THREE = [Case(sink=5, window=3), Case("gpt2", "block_token", "all"), Case("gemma3", "mlp_sequence")]
 three = pytest.mark.parametrize("case", THREE, ids=str)
 
@@ -223,6 +231,8 @@ def test_prompt_lookup_gives_the_greedy_answer_of_blocks(case: Case) -> None:
     ids=str,
 )
 def test_a_model_that_leaves_early_is_its_own_assistant(case: Case) -> None:
+    if case.family == "gemma3" and OLD_SLIDING_LAYERS:
+        pytest.skip("here the dense model fails too")
     model, given = routed_model(case), alone()
     plain, _ = generate(model, given, **LONGER)
     out, trace = generate(model, given, assistant_early_exit=2, **LONGER)
@@ -235,6 +245,8 @@ def test_a_model_that_leaves_early_is_its_own_assistant(case: Case) -> None:
 
 @cells
 def test_a_conversation_takes_the_end_of_an_answer_back(case: Case) -> None:
+    if (case.family, case.granularity) == ("gemma3", "mlp_token") and OLD_SLIDING_LAYERS:
+        pytest.skip("here the dense model fails too")  # our own layers, over attentions, do not
     model, given = routed_model(case), prompt()
     cache = DynamicCache(config=model.config)
     for layer in cache.layers:  # else a sliding layer of transformers cannot be cropped
