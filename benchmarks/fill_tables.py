@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def readme() -> list[str]:
-    """What a reader should see first: the demo, the newest recipes, speed, a training step."""
+    """What a reader should see first: the demo, recipes, speed, a training step."""
     parts = [speed_tables.demo(RESULTS / "demo-smollm2-135m.json", "")]
     for model in MODELS:
         name = f"quality-{model}"

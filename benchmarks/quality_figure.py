@@ -1,4 +1,4 @@
-"""A figure of loss against kept fraction: the newest recipe of each setting, beside its controls.
+"""A figure of loss against kept fraction: one recipe of each setting, beside its controls.
 
 Run by fill_tables.py. A line is the mean over seeds, a band from their least to their most.
 """

@@ -41,7 +41,7 @@ Curve = list[tuple[float, float]]
 
 
 def newest(path: Path, root: str) -> str:
-    """A table for each text: the newest recipe of each setting, beside its controls."""
+    """A table for each text: one recipe of each setting, beside its controls."""
     document = read(path)
     found = newest_of(document["runs"])
     groups = [
@@ -51,13 +51,15 @@ def newest(path: Path, root: str) -> str:
 
 
 def newest_of(runs: list[Run]) -> dict[tuple[str, bool], list[Run]]:
-    """The runs of each setting's newest recipe, one a seed, without and with text of the model's
-    own.
+    """The runs of one recipe of each setting, one a seed, without and with text of the model's own:
+    of the recipes with most seeds, the newest.
     """
-    return {
-        (group[0]["setting"], bool(group[0]["tuning"].get("own_text"))): group
-        for group in _groups(runs)
-    }
+    found: dict[tuple[str, bool], list[Run]] = {}
+    for group in _groups(runs):
+        which = group[0]["setting"], bool(group[0]["tuning"].get("own_text"))
+        if len(group) >= len(found.get(which, [])):
+            found[which] = group
+    return found
 
 
 def calibrated(calibration: Path, evaluation: Path, root: str) -> str:
@@ -186,7 +188,22 @@ def _name(run: Run) -> str:
     text = tuning.get("lm_weight", 0)
     share = tuning.get("own_text", 0)
     own = f"; own text {share:.0%}" if share else ""
-    return f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "") + own + start
+    usual = f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "")
+    return usual + own + _unusual(tuning) + start
+
+
+def _unusual(tuning: dict[str, Any]) -> str:
+    """What few recipes differ in."""
+    told = (
+        ("cooldown_fraction", 0.25, "cooldown"),
+        ("adam_beta2", 0.999, "beta2"),
+        ("anneal_fraction", 0.3, "anneal"),
+    )
+    return "".join(
+        f"; {label} {tuning[name]:g}"
+        for name, usual, label in told
+        if tuning.get(name, usual) != usual and tuning.get("warm_start") != EARLIER_ROWS
+    )
 
 
 def _tuned_on(run: Run) -> str:
