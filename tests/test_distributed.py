@@ -112,6 +112,8 @@ class _Press(TrainerCallback):
 
 
 def stopped_by_one(folder: Path) -> str:
+    # A shell starts background jobs, and so their processes, with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         trainer_in(folder, 2, max_steps=8, save_steps=8, callbacks=[_Press()]).train()
     except KeyboardInterrupt as error:
