@@ -68,6 +68,8 @@ TOLD = (
     "lm_weight",
 )
 """Arguments of a training whose defaults a result names."""
+LOGGED = ("step", "task_loss", "kept", "grad_norm")
+"""What a result keeps of a training's log, a list each."""
 LATER = {"lm_weight": 0.0, "own_text": 0.0}
 """What older results do not name, since it was not there."""
 
@@ -323,7 +325,7 @@ def _tuning(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _train(bench: Bench, routed: Any, seed: int) -> list[dict[str, Any]]:
+def _train(bench: Bench, routed: Any, seed: int) -> dict[str, list[float]]:
     options = bench.options
     with tempfile.TemporaryDirectory() as folder:
         arguments = RouterTrainingArguments(
@@ -342,7 +344,13 @@ def _train(bench: Bench, routed: Any, seed: int) -> list[dict[str, Any]]:
         trainer = _TaughtFromMemory(routed, arguments, train_dataset=rows)
         trainer.known = bench.teacher
         trainer.train()
-    return [entry for entry in trainer.state.log_history if "kept" in entry]
+    entries = [entry for entry in trainer.state.log_history if "kept" in entry]
+    return {name: [_short(entry[name]) for entry in entries] for name in LOGGED}
+
+
+def _short(value: float) -> float:
+    """Five digits of it."""
+    return float(f"{value:.5g}")
 
 
 def _in_float32(bench: Bench, tuned: Any, config: dict[str, Any]) -> Any:
