@@ -6,7 +6,7 @@ Tests that build several models take them from tiny.py: `from tiny import tiny_m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else a forked worker warns about it
@@ -14,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else a forked worker warns abo
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -49,3 +50,10 @@ def model() -> PreTrainedModel:
 def tokenizer() -> PreTrainedTokenizerFast:
     """The tiny tokenizer, shared by all tests: change a copy, never this one."""
     return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def progress_bars() -> Iterator[None]:
+    """The command line switches transformers' bars off for its process, here the tests' own."""
+    yield
+    logging.enable_progress_bar()

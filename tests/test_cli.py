@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
-from transformers.utils import logging
 from typer.testing import CliRunner
 
 import router_tuning
@@ -68,11 +67,7 @@ def refused(code: int, *arguments: object) -> str:
     return result.said
 
 
-@pytest.fixture(scope="module", autouse=True)
-def progress_bars() -> Iterator[None]:
-    """The command line switches transformers' bars off for its process, here the tests' own."""
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("progress_bars")
 
 
 @pytest.fixture(scope="module")

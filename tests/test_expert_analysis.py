@@ -5,7 +5,6 @@ known measures, and the verb writes them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 from typer.testing import CliRunner
 
 from laws import Case, routed_model
@@ -184,11 +182,7 @@ def test_stability_by_hand() -> None:
 # --- The verb ---
 
 
-@pytest.fixture(scope="module", autouse=True)
-def progress_bars() -> Iterator[None]:
-    """The command line switches transformers' bars off for its process, here the tests' own."""
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("progress_bars")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ and the verb writes them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 from typer.testing import CliRunner
 
 from laws import Case, randomize, routed_model
@@ -324,11 +322,7 @@ def test_bad_text_and_budgets_are_refused(
 # --- The verb ---
 
 
-@pytest.fixture(scope="module", autouse=True)
-def progress_bars() -> Iterator[None]:
-    """The command line switches transformers' bars off for its process, here the tests' own."""
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("progress_bars")
 
 
 @pytest.fixture(scope="module")

@@ -241,32 +241,43 @@ def greedy_order(
     units, prices = routing_of(model).units, routing_of(model).prices
     if num > price_of(prices, prices) + SLACK:
         raise ConfigError(f"asked to drop {num:g} units, but only {len(units)} are routed")
+    ids_BT = windows.ids.to(_device(model))
     dropped: list[str] = []
-    decoder = decoder_of(model)
-    ids = windows.ids.to(_device(model))
     done, total = 0, sum(len(units) - i for i in range(round(num)))  # if prices are alike
-    loss: float | None = None
+
+    def tried() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, max(done, total))
+
     while price_of(dropped, prices) < num - SLACK:
-        losses: dict[str, float] = {}
-        with (
-            torch.no_grad(),
-            decided_by(model, StaticDrop(dropped)),
-            entering_states(decoder) as states,
-        ):
-            decoder(input_ids=ids, use_cache=False)
-            loss = _loss_from(model, ids, 0, states[0]) if loss is None else loss
-        for unit in units:
-            if unit.name in dropped:
-                continue
-            with torch.no_grad(), decided_by(model, StaticDrop([*dropped, unit.name])):
-                losses[unit.name] = _loss_from(model, ids, unit.layer_idx, states[unit.layer_idx])
-            done += 1
-            if progress is not None:
-                progress(done, max(done, total))
-        growth = {name: (found - loss) / prices[name] for name, found in losses.items()}
-        dropped.append(min(growth, key=lambda name: growth[name]))
-        loss = losses[dropped[-1]]
+        growth = _growths(model, ids_BT, dropped, tried)
+        dropped.append(min(growth, key=lambda name: growth[name] / prices[name]))
     return dropped
+
+
+def _growths(
+    model: nn.Module, ids_BT: Tensor, dropped: Sequence[str], tried: Callable[[], None]
+) -> dict[str, float]:
+    """By how much the loss grows without each unit that is not dropped yet."""
+    decoder = decoder_of(model)
+    with (
+        torch.no_grad(),
+        decided_by(model, StaticDrop(dropped)),
+        entering_states(decoder) as states,
+    ):
+        decoder(input_ids=ids_BT, use_cache=False)
+        last = len(states) - 1
+        before = _loss_from(model, ids_BT, last, states[last])
+    growth = {}
+    for unit in routing_of(model).units:
+        if unit.name not in dropped:
+            first = unit.layer_idx
+            with torch.no_grad(), decided_by(model, StaticDrop([*dropped, unit.name])):
+                growth[unit.name] = _loss_from(model, ids_BT, first, states[first]) - before
+            tried()
+    return growth
 
 
 def _loss_from(model: nn.Module, ids_BT: Tensor, first: int, state_BTD: Tensor) -> float:
