@@ -39,7 +39,7 @@ from router_tuning.execution.context import (
 )
 from router_tuning.memory import blocks_returned, held_bytes, peak_bytes
 from router_tuning.record import Trace
-from router_tuning.units import cache_argument, decoder_of, unwrap
+from router_tuning.units import cache_argument, decoder_of, last_columns, unwrap
 
 Progress = Callable[[int, int], None]
 Variant = Callable[[], AbstractContextManager[Any]]
@@ -285,7 +285,8 @@ class _Cell:
         causal: Any = unwrap(self.model)
         name = cache_argument(decoder_of(self.model))
         given = {} if cache is None else {name: cache}
-        causal(input_ids=ids_BT, use_cache=cache is not None, logits_to_keep=1, **given)
+        last = last_columns(1, ids_BT.device)
+        causal(input_ids=ids_BT, use_cache=cache is not None, logits_to_keep=last, **given)
 
     def _timed(self, name: str, variant: Variant) -> tuple[float, float]:
         """Seconds of the prefill, and of one decoded token a row."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -457,6 +458,16 @@ ARGUMENTS = {
     *("encoder_hidden_states", "encoder_attention_mask", "key_value_states"),
 }
 """Arguments of attentions and layers that can be given for some tokens only."""
+
+
+def last_columns(number: int, device: torch.device) -> Tensor:
+    """The `logits_to_keep` that asks a causal LM for the last columns only: (number,).
+
+    A plain number would do, but it takes a slice, and to multiply a slice of several rows by the
+    output embedding PyTorch copies that once a row: half a second a row at 49k tokens in bf16 on a
+    CPU core, and most of the time of a training step.
+    """
+    return torch.arange(-number, 0, device=device)
 
 
 def _odd_arguments(part: nn.Module, kind: str) -> str | None:

@@ -34,7 +34,7 @@ from router_tuning.evaluation.local_tasks import (
     metrics_of,
 )
 from router_tuning.evaluation.variants import Ran, Variant
-from router_tuning.units import unwrap
+from router_tuning.units import last_columns, unwrap
 
 Tick = Callable[[int], None]
 """Called with the number of requests done since the last call."""
@@ -226,7 +226,9 @@ def _scored_logits(
         given["attention_mask"] = real_BT.long()
     if "logits_to_keep" in inspect.signature(type(unwrap(model)).forward).parameters:
         padding = ids_BT.shape[1] - int(real_BT.sum(1).min())
-        given["logits_to_keep"] = min(scored + padding, ids_BT.shape[1])
+        given["logits_to_keep"] = last_columns(
+            min(scored + padding, ids_BT.shape[1]), ids_BT.device
+        )
     logits: Tensor = model(input_ids=ids_BT, use_cache=False, **given).logits
     return logits
 

@@ -79,7 +79,7 @@ from router_tuning.training.safety import (
 )
 from router_tuning.training.shared_prefix import Prefix, capture_prefix, reuse_prefix
 from router_tuning.training.warm_start import is_fresh, warm_start
-from router_tuning.units import decoder_of
+from router_tuning.units import decoder_of, last_columns
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -270,7 +270,9 @@ class RouterTrainerMixin(_Trainer):
         # Called through `model`, which may be wrapped, and caught at the decoder.
         handle = decoder.register_forward_hook(lambda module, args, output: found.append(output[0]))
         try:
-            outputs = model(**inputs, logits_to_keep=1, use_cache=False)
+            outputs = model(
+                **inputs, logits_to_keep=last_columns(1, self.args.device), use_cache=False
+            )
         finally:
             handle.remove()
         return found[0], outputs
