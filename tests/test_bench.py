@@ -12,6 +12,7 @@ from router_tuning import record
 from router_tuning.bench import Plan, Times, _Cell, _phase, bench
 from router_tuning.cost import Cost
 from router_tuning.errors import BudgetError, ConfigError, DataError
+from router_tuning.units import unwrap
 from tiny import token_ids
 
 VARIANTS = ["dense", "all_kept", "routed", "random", "static", "floor", "masked"]
@@ -83,6 +84,20 @@ def test_the_limits_keep_all_and_nothing(case: Case) -> None:
     with torch.no_grad(), cell._all_kept(), record(cell.model) as trace:
         cell._prefill()
     assert all(unit.logits_BT is not None for unit in trace.forwards[0].units.values())
+
+
+def test_the_output_embedding_is_never_given_a_slice() -> None:
+    """PyTorch copies the embedding once a row for that, which would slow dense and routed alike."""
+    model = prepared()
+    given: list[bool] = []
+    head: Any = unwrap(model).get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(
+        lambda module, args: given.append(args[0].is_contiguous())
+    )
+    bench(model, token_ids(1, 50)[0], plan(prompt_tokens=[9], batch_sizes=[3]))
+    handle.remove()
+    assert given
+    assert all(given)
 
 
 def test_every_variant_decodes_the_text_itself() -> None:

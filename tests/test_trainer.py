@@ -34,7 +34,7 @@ from router_tuning.execution.context import (
 from router_tuning.peft_config import RouterTuningConfig
 from router_tuning.training.safety import last_complete_checkpoint
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
-from router_tuning.units import decoder_layers, decoder_of
+from router_tuning.units import decoder_layers, decoder_of, unwrap
 from tiny import VOCAB_SIZE, checkpoint_activations, tiny_model, token_ids
 
 CHECKPOINTING = (  # its name since transformers 5.24, and before
@@ -411,6 +411,21 @@ def test_lower_layers_run_once_a_step_with_the_same_gradient(
     alone = gradients(trainer, batch)
     assert sorted(runs) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert all(torch.equal(shared[name], alone[name]) for name in alone)
+
+
+def test_the_output_embedding_is_never_given_a_slice_of_rows(tmp_path: Path) -> None:
+    """PyTorch copies the embedding once a row for that; see `last_columns`."""
+    model = routed()
+    slices: list[bool] = []
+    head: Any = unwrap(model).get_output_embeddings()  # type: ignore[operator]
+    head.register_forward_pre_hook(
+        lambda _, args: slices.append(args[0].dim() == 3 and not args[0].is_contiguous())
+    )
+    trainer = trainer_of(model, tmp_path, rows(4), per_device_train_batch_size=4, max_steps=1)
+    trainer.train()
+    trainer.evaluate(rows(4))  # type: ignore[arg-type]
+    assert len(slices) > 4
+    assert not any(slices)
 
 
 def test_a_part_of_the_positions_is_a_seeded_choice(tmp_path: Path) -> None:
