@@ -15,6 +15,7 @@ from pathlib import Path
 import mixture_tables
 import quality_figure
 import quality_tables
+import recovery_tables
 import routing_tables
 import speed_tables
 from places import RESULTS, ROOT
@@ -68,6 +69,8 @@ def results() -> list[str]:
         parts += [quality_tables.everything(path, "../") for path in paths if path.exists()]
     for path in _routing():
         parts += routing_tables.routing(path, "../")
+    recovery = [RESULTS / f"recovery-{model}.json" for model in MODELS]
+    parts += [recovery_tables.recovery(path, "../") for path in recovery if path.exists()]
     mixture = RESULTS / "mixture.json"  # whose figures mixture.py draws
     return [*parts, *(mixture_tables.mixture(mixture, "../") if mixture.exists() else [])]
 
