@@ -109,7 +109,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pretrain-learning-rate", type=float, default=3e-3)
     parser.add_argument("--pretrain-seed", type=int, default=0)
     parser.add_argument("--seeds", type=_numbers(int), default=[0, 1, 2], help="of the routers")
-    parser.add_argument("--steps", type=int, default=480, help="of the routers' tuning")
+    parser.add_argument("--steps", type=int, default=960, help="of the routers' tuning")
     parser.add_argument("--budget", type=float, default=0.7, help="that the routers train for")
     sweep = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6]
     parser.add_argument("--budgets", type=_numbers(float), default=sweep)
