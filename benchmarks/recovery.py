@@ -36,7 +36,6 @@ from router_tuning.evaluation.perplexity import evaluate, window_loss
 from router_tuning.training.trl import RouterSFTConfig, RouterSFTTrainer
 
 VARIANTS = ("routers", "LoRA", "routers and LoRA")
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:
@@ -67,9 +66,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kv", default="all", choices=["all", "kept"])
     parser.add_argument("--budget", type=float, default=0.75)
     parser.add_argument("--lora-r", type=int, default=8)
+    parser.add_argument("--lora-targets", type=lambda s: s.split(","), default=["q_proj", "v_proj"])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a packed row")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a packed row")
     parser.add_argument("--seeds", type=lambda s: [int(n) for n in s.split(",")], default=[0])
     parser.add_argument("--held-out", type=int, default=600, help="first rows, for thresholds")
     parser.add_argument("--windows", type=int, default=32, help="to calibrate, and to report on")
@@ -89,6 +89,7 @@ def _run_record(options: argparse.Namespace) -> dict[str, Any]:
         "budget": options.budget,
         "kv": options.kv,
         "lora_r": options.lora_r,
+        "lora_targets": options.lora_targets,
         "steps": options.steps,
         "train_tokens": options.steps * options.batch_size * options.length,
         "seeds": options.seeds,
@@ -121,7 +122,7 @@ def _run(options: argparse.Namespace, work: Path, variant: str, seed: int) -> di
         }
     calibrate_windows(model, held_back, [options.budget])
     measured = evaluate(
-        model, report, [options.budget], compare=True, selection=held_back, greedy_windows=2
+        model, report, [options.budget], compare=True, selection=held_back, greedy_windows=1
     )
     return run | measured
 
@@ -149,7 +150,7 @@ def _trainer(options: argparse.Namespace, folder: Path, variant: str, seed: int)
         "bf16": False,
         "gradient_checkpointing": False,
     }
-    lora = {"r": options.lora_r, "target_modules": TARGETS}
+    lora = {"r": options.lora_r, "target_modules": options.lora_targets}
     if variant == "LoRA":  # as the adapter's own LoRA is trained
         same = RouterSFTConfig(objective="lm", **fields)
         args = SFTConfig(

@@ -18,8 +18,8 @@ def recovery(path: Path, root: str) -> str:
     run, resumed = document["run"], document["resumed"]
     lines = [
         f"**What LoRA wins back** ({link(path, root)}): {run['model']}, attention routed token by "
-        f'token with `kv="{run["kv"]}"` to {run["budget"]:g}, LoRA of rank {run["lora_r"]} on all '
-        f"linear layers, by TRL on the text of {run['train_tokens']:,} tokens "
+        f'token with `kv="{run["kv"]}"` to {run["budget"]:g}, LoRA of rank {run["lora_r"]} on '
+        f"{', '.join(run['lora_targets'])}, by TRL on the text of {run['train_tokens']:,} tokens "
         f"({run['steps']} steps); extra loss in nats a token over the untouched model, on other "
         "conversations. Static drop is chosen and measured under the same weights, over all "
         f"tokens. Resumed after {resumed['from_step']} steps, {resumed['equal_to_the_bit']} of the "
