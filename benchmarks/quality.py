@@ -30,7 +30,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from router_tuning import RouterTuningConfig, save_adapter
+from router_tuning import RouterTuningConfig, average_adapters, save_adapter
 from router_tuning.baselines import RandomMask, StaticDrop, cosine_order, greedy_order
 from router_tuning.cli.records import device_name, peak_rss_mb, versions, write_json
 from router_tuning.data import WindowDataset, Windows, interleaved, load_examples, make_windows
@@ -70,7 +70,7 @@ TOLD = (
 """Arguments of a training whose defaults a result names."""
 LOGGED = ("step", "task_loss", "kept", "grad_norm")
 """What a result keeps of a training's log, a list each."""
-LATER = {"lm_weight": 0.0, "own_text": 0.0}
+LATER = {"lm_weight": 0.0, "own_text": 0.0, "adam_beta2": 0.999}
 """What older results do not name, since it was not there."""
 
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.random and "random" not in document:
         found = _random(bench)
         update(path, lambda document: document.update(random=found))
-    done = [(run["setting"], run["seed"], {**LATER, **run["tuning"]}) for run in document["runs"]]
+    done = [_identity(run) for run in document["runs"]]
     for seed in options.seeds:
         for setting in options.settings:
             if (setting, seed, _tuning(options)) not in done:
@@ -118,6 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 at = done.index((setting, seed, _tuning(options)))
                 rows = _widened(bench, setting, seed)
                 update(path, lambda document, at=at, rows=rows: _add_rows(document, at, rows))
+    for setting in options.settings if options.average else []:
+        run = _mean_run(bench, setting)
+        if _identity(run) not in map(_identity, document["runs"]):
+            run["routed"] = _mean_swept(bench, setting)
+            update(path, lambda document, run=run: document["runs"].append(run))
+
+
+def _identity(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What no two runs of a file share."""
+    return run["setting"], run["seed"], {**LATER, **run["tuning"]}
 
 
 def update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -172,6 +182,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--widen",
         action="store_true",
         help="sweep the adapters of --save, tuned before, over these budgets too",
+    )
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        help="sweep the mean of the adapters of --save too, over the seeds of each setting",
     )
     parser.add_argument("--json", required=True)
     parser.add_argument("--continue", dest="resume", action="store_true")
@@ -296,6 +311,22 @@ def _widened(bench: Bench, setting: str, seed: int) -> dict[str, list[dict[str, 
     rows = _swept(bench, routed)
     routed.unload()
     _say(f"{setting} seed {seed}", rows)
+    return rows
+
+
+def _mean_run(bench: Bench, setting: str) -> dict[str, Any]:
+    """Who the mean of a setting's adapters is: its seed are theirs."""
+    seeds = bench.options.seeds
+    tuning = {**_tuning(bench.options), "averaged": len(seeds)}
+    return {"setting": setting, "config": SETTINGS[setting], "seed": seeds, "tuning": tuning}
+
+
+def _mean_swept(bench: Bench, setting: str) -> dict[str, list[dict[str, Any]]]:
+    folders = [Path(bench.options.save) / f"{setting}-{seed}" for seed in bench.options.seeds]
+    routed = average_adapters(folders, bench.measured).eval()
+    rows = _swept(bench, routed)
+    routed.unload()
+    _say(f"{setting} mean", rows)
     return rows
 
 

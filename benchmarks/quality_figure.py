@@ -69,10 +69,10 @@ def _curves(document: Any, text: str, measure: str) -> dict[str, list[quality_ta
     found = {
         setting: [
             quality_tables.curve(run["routed"][text], base, measure)
-            for run in newest[setting, False]
+            for run in newest[setting, False, False]
         ]
         for setting in STYLES
-        if (setting, False) in newest
+        if (setting, False, False) in newest
     }
     statics = quality_tables.statics(document, text, measure)
     found |= {kind: [curve] for kind, curve in statics.items()}

@@ -32,7 +32,7 @@ STATICS = ("cosine", "greedy")
 EARLIER_ROWS = 2
 """The default of `warm_start` while it measured the harm of each unit's absence (decision 0005)."""
 
-LATER = {"own_text": 0.0}
+LATER = {"own_text": 0.0, "adam_beta2": 0.999}
 """What older tunings do not name, since it was not there."""
 
 Run = dict[str, Any]
@@ -44,19 +44,19 @@ def newest(path: Path, root: str) -> str:
     """A table for each text: one recipe of each setting, beside its controls."""
     document = read(path)
     found = newest_of(document["runs"])
-    groups = [
-        found[setting, own] for setting in NAMES for own in (False, True) if (setting, own) in found
-    ]
+    order = sorted(found, key=lambda kind: (list(NAMES).index(kind[0]), *kind[1:]))
+    groups = [found[kind] for kind in order]
     return _tables(path, root, document, groups)
 
 
-def newest_of(runs: list[Run]) -> dict[tuple[str, bool], list[Run]]:
-    """The runs of one recipe of each setting, one a seed, without and with text of the model's own:
-    of the recipes with most seeds, the newest.
+def newest_of(runs: list[Run]) -> dict[tuple[str, bool, bool], list[Run]]:
+    """The runs of one recipe of each setting, one a seed, without and with text of the model's own,
+    and as the mean of several adapters: of the recipes with most seeds, the newest.
     """
-    found: dict[tuple[str, bool], list[Run]] = {}
+    found: dict[tuple[str, bool, bool], list[Run]] = {}
     for group in _groups(runs):
-        which = group[0]["setting"], bool(group[0]["tuning"].get("own_text"))
+        tuning = group[0]["tuning"]
+        which = group[0]["setting"], bool(tuning.get("own_text")), "averaged" in tuning
         if len(group) >= len(found.get(which, [])):
             found[which] = group
     return found
@@ -163,7 +163,11 @@ def deciders(document: Run, texts: list[str]) -> list[tuple[str, str, dict[str, 
     dense = document["dense"]
     found = []
     for setting in (name for name in NAMES if name not in ("kept", "learned_static")):
-        runs = [r for r in document["runs"] if r["setting"] == setting]
+        runs = [
+            run
+            for run in document["runs"]
+            if run["setting"] == setting and "averaged" not in run["tuning"]
+        ]
         if runs:
             curves = {text: curve(runs[-1]["routed"][text], dense[text]) for text in texts}
             found.append((_name(runs[-1]), _tuned_on(runs[-1]), curves))
@@ -189,7 +193,8 @@ def _name(run: Run) -> str:
     share = tuning.get("own_text", 0)
     own = f"; own text {share:.0%}" if share else ""
     usual = f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "")
-    return usual + own + _unusual(tuning) + start
+    mean = f"; mean of {tuning['averaged']} seeds" if "averaged" in tuning else ""
+    return usual + own + _unusual(tuning) + mean + start
 
 
 def _unusual(tuning: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from tiny import SENTENCES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 BUDGETS = (0.9, 0.8, 0.7)
 FEW = ["--steps", "4", "--batch-size", "2", "--length", "32", "--held-out", "4", "--seed", "1"]
 VERBS = (
-    *("tune", "calibrate", "eval", "analyse", "generate", "bench"),
+    *("tune", "calibrate", "average", "eval", "analyse", "generate", "bench"),
     *("export", "import-official", "demo", "env"),
 )
 MEASURES = {"budget", "kept_fraction", "kept_of_routed", "loss", "answer_loss", "flops_fraction"}
@@ -128,7 +128,7 @@ def test_help_names_the_verbs() -> None:
 def test_every_verb_has_the_common_options(verb: str) -> None:
     said = run(verb, "--help").out
     assert all(option in said for option in ("--json", "--config", "--debug"))
-    assert ("--seed" in said) == (verb not in ("export", "import-official", "env"))
+    assert ("--seed" in said) == (verb not in ("average", "export", "import-official", "env"))
 
 
 def test_help_needs_no_torch() -> None:

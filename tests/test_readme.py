@@ -33,6 +33,7 @@ IN_PLACE_OF = {  # what the README writes, and what a tiny run on a CPU needs
 
 IN_PLACE_OF_COMMANDS = {
     "tune --model smollm2-135m": "tune --model base --steps 4 --length 32 --held-out 4",
+    "other.jsonl --out mean": "other.jsonl --length 32 --limit 4 --budgets 0.8 --out mean",
     "--budgets 0.9,0.8 --compare": "--budgets 0.9,0.8 --compare --length 32 --limit 2",
     "--tasks arc_challenge,piqa": "--tasks piqa --budgets 0.8",
     "--data chats=unseen.jsonl": "--data chats=unseen.jsonl --length 32 --limit 2",
@@ -70,6 +71,7 @@ def _here(
     entry = {"budget": 0.6, "threshold": 0.0, "kept_per_unit": kept}
     blocks = RouterTuningConfig(granularity="block_token", calibration=[entry])
     get_peft_model(load_model("base"), blocks).save_pretrained("blocks")
+    get_peft_model(load_model("base"), RouterTuningConfig()).save_pretrained("seed1")
     Path("official").mkdir()
     router = {"model.layers.2.router.weight": torch.ones(1, 32)}
     save_file(router, "official/model.safetensors")
@@ -89,7 +91,17 @@ def test_readme_commands_run() -> None:
     code = readme_block("bash", "router-tuning tune", IN_PLACE_OF_COMMANDS)
     lines = [shlex.split(line, comments=True) for line in code.splitlines()]
     commands = [line[1:] for line in lines if line[0] == "router-tuning"]
-    verbs = ["tune", "calibrate", "eval", "eval", "analyse", "generate", "bench", "export"]
+    verbs = [
+        "tune",
+        "calibrate",
+        "average",
+        "eval",
+        "eval",
+        "analyse",
+        "generate",
+        "bench",
+        "export",
+    ]
     verbs += ["import-official", "env"]
     assert [command[0] for command in commands] == verbs
     for command in commands:

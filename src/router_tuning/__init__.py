@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from router_tuning.adapter_folder import load_adapter, save_adapter
 from router_tuning.attach import attach, detach, routing_of, set_budget
+from router_tuning.averaging import average_adapters
 from router_tuning.baselines import RandomMask, StaticDrop
 from router_tuning.calibration import calibrate, calibrate_windows
 from router_tuning.config import RoutingConfig
@@ -68,6 +69,7 @@ __all__ = [
     "WindowDataset",
     "Windows",
     "attach",
+    "average_adapters",
     "calibrate",
     "calibrate_windows",
     "decided_by",

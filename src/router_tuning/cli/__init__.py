@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 import router_tuning
 from router_tuning.cli import (
     analyse,
+    average,
     bench,
     calibrate,
     demo,
@@ -102,6 +103,7 @@ app = typer.Typer(
 )
 app.command("tune")(tune.tune)
 app.command("calibrate")(calibrate.calibrate)
+app.command("average")(average.average)
 app.command("eval")(evaluate.evaluate)
 app.command("analyse")(analyse.analyse)
 app.command("generate")(generate.generate)
