@@ -59,6 +59,7 @@ TOLD = (
     "bias_learning_rate",
     "lr_scheduler_type",
     "cooldown_fraction",
+    "adam_beta2",
     "max_grad_norm",
     "budget_weight",
     "budget_momentum",

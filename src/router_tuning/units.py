@@ -464,8 +464,8 @@ def last_columns(number: int, device: torch.device) -> Tensor:
     """The `logits_to_keep` that asks a causal LM for the last columns only: (number,).
 
     A plain number would do, but it takes a slice, and to multiply a slice of several rows by the
-    output embedding PyTorch copies that once a row: half a second a row at 49k tokens in bf16 on a
-    CPU core, and most of the time of a training step.
+    output embedding PyTorch copies that once a row, which on a CPU takes longer than the rest of
+    the head.
     """
     return torch.arange(-number, 0, device=device)
 

@@ -104,8 +104,11 @@ class RouterTrainingArguments(TrainingArguments):
         default=2e-4,
         metadata={"help": "Learning rate of the adapter's LoRA, where it has one."},
     )
+    adam_beta2: float = field(  # 0.999 remembers the squares of a bad phase for a whole training
+        default=0.98, metadata={"help": "Adam's beta2: how long it remembers squared gradients."}
+    )
     cooldown_fraction: float = field(
-        default=0.25,
+        default=0.5,
         metadata={
             "help": "With lr_scheduler_type warmup_stable_decay: the learning rate goes to 0 over "
             "this last fraction of the steps, in [0, 1]."
