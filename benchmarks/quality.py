@@ -98,17 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path.unlink(missing_ok=True)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     bench = _prepare(options)
-    document = update(path, lambda document: _describe(document, bench))
-    if "dense" not in document:
-        dense = {name: _loss(bench.measured, windows) for name, windows in bench.report.items()}
-        _say("dense", dense)
-        update(path, lambda document: document.update(dense=dense))
-    if options.static and "static" not in document:
-        static = _static(bench)
-        update(path, lambda document: document.update(static=static))
-    if options.random and "random" not in document:
-        found = _random(bench)
-        update(path, lambda document: document.update(random=found))
+    document = begin(path, bench)
     done = [_identity(run) for run in document["runs"]]
     for seed in options.seeds:
         for setting in options.settings:
@@ -131,6 +121,23 @@ def _identity(run: dict[str, Any]) -> tuple[Any, ...]:
     return run["setting"], run["seed"], {**LATER, **run["tuning"]}
 
 
+def begin(path: Path, bench: Bench) -> dict[str, Any]:
+    """The result file with what runs are compared with: measured now, unless it is there."""
+    options = bench.options
+    document = update(path, lambda document: _describe(document, bench))
+    if "dense" not in document:
+        dense = {name: losses_of(bench.measured, windows) for name, windows in bench.report.items()}
+        say("dense", dense)
+        document = update(path, lambda document: document.update(dense=dense))
+    if options.static and "static" not in document:
+        static = _static(bench)
+        document = update(path, lambda document: document.update(static=static))
+    if options.random and "random" not in document:
+        found = _random(bench)
+        document = update(path, lambda document: document.update(random=found))
+    return document
+
+
 def update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Change the result file; other processes may be adding to it too."""
     with FileLock(f"{path}.lock"):
@@ -142,21 +149,41 @@ def update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, An
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--report", action="append", required=True, metavar="NAME=FILE")
+    add_options(parser)
     parser.add_argument("--settings", type=lambda s: [n for n in s.split(",") if n], default=[])
-    parser.add_argument("--seeds", type=_numbers(int), default=[0])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--budget", type=float, default=0.75)
-    parser.add_argument("--budgets", type=_numbers(float), default=SWEEP)
     parser.add_argument(
         "--own-text",
         metavar="FILE",
         help="some of the training windows are of this text, which sample_texts made",
     )
     parser.add_argument("--own-share", type=float, default=0.5, help="how many of them, of 1")
+    parser.add_argument("--static-of", default="attn_token", help="granularity of the controls")
+    parser.add_argument("--random", type=numbers(float), default=[], help="rates of random masks")
+    parser.add_argument("--teacher", metavar="FILE", help="keep the dense model's hidden states")
+    parser.add_argument("--save", metavar="DIR", help="keep the adapters there")
+    parser.add_argument(
+        "--widen",
+        action="store_true",
+        help="sweep the adapters of --save, tuned before, over these budgets too",
+    )
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        help="sweep the mean of the adapters of --save too, over the seeds of each setting",
+    )
+    return parsed(parser, arguments)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark that tunes on some text and reports on other is told."""
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--report", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--seeds", type=numbers(int), default=[0])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--budget", type=float, default=0.75)
+    parser.add_argument("--budgets", type=numbers(float), default=SWEEP)
     parser.add_argument("--positions", type=float, default=0.25)
     parser.add_argument("--dtype", default="float32", help="of the training; losses are float32")
     parser.add_argument("--attention", default="sdpa", help="implementation, in training")
@@ -172,32 +199,25 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--held-back-windows", type=int, default=16, help="for thresholds, orders")
     parser.add_argument("--report-windows", type=int, default=32)
-    parser.add_argument("--static", type=_numbers(int), default=[], help="numbers of units to drop")
-    parser.add_argument("--static-of", default="attn_token", help="granularity of the controls")
-    parser.add_argument("--random", type=_numbers(float), default=[], help="rates of random masks")
+    parser.add_argument("--static", type=numbers(int), default=[], help="numbers of units to drop")
     parser.add_argument("--greedy-windows", type=int, default=4, help="0 leaves it out: slow")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--teacher", metavar="FILE", help="keep the dense model's hidden states")
-    parser.add_argument("--save", metavar="DIR", help="keep the adapters there")
-    parser.add_argument(
-        "--widen",
-        action="store_true",
-        help="sweep the adapters of --save, tuned before, over these budgets too",
-    )
-    parser.add_argument(
-        "--average",
-        action="store_true",
-        help="sweep the mean of the adapters of --save too, over the seeds of each setting",
-    )
     parser.add_argument("--json", required=True)
     parser.add_argument("--continue", dest="resume", action="store_true")
+
+
+def parsed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The options, with --argument as a dict; None takes those of the command line."""
     options = parser.parse_args(arguments)
     given = (item.partition("=") for item in options.argument)
     options.argument = {name: json.loads(value) for name, _, value in given}
     return options
 
 
-def _numbers(kind: type) -> Any:
+def numbers(kind: type) -> Any:
+    """Reads a list of numbers with commas between."""
     return lambda text: [kind(part) for part in text.split(",") if part]
 
 
@@ -210,6 +230,26 @@ def _prepare(options: argparse.Namespace) -> Bench:
         trained = load_model(options.model, dtype=dtype).requires_grad_(False)
         trained.set_attn_implementation(options.attention)
     tokenizer = load_tokenizer(options.model)
+    needed = options.steps * options.batch_size if options.settings else 1
+    train, held_back, report = read_windows(options, tokenizer, needed)
+    train = _mixed(train, tokenizer, options)
+    return Bench(
+        options,
+        trained,
+        measured,
+        train,
+        held_back,
+        report,
+        _teach(trained, options.model, train, options.teacher) if options.settings else {},
+    )
+
+
+def read_windows(
+    options: argparse.Namespace, tokenizer: Any, needed: int
+) -> tuple[Windows, Windows, dict[str, Windows]]:
+    """Windows to train on (`needed`, if there are so many), to calibrate and choose on, and of each
+    text to report on.
+    """
     rest = load_examples(options.train)
     if options.held_back is None:
         last = max(len(rest) // 20, 1)  # as training grows, they stay
@@ -221,17 +261,8 @@ def _prepare(options: argparse.Namespace) -> Bench:
     for item in options.report:
         name, _, file = item.partition("=")
         report[name] = make_windows(tokenizer, load_examples(file), limit=options.report_windows)
-    needed = options.steps * options.batch_size if options.settings else 1
-    train = _mixed(make_windows(tokenizer, rest, limit=needed), tokenizer, options)
-    return Bench(
-        options,
-        trained,
-        measured,
-        train,
-        make_windows(tokenizer, held, limit=options.held_back_windows),
-        report,
-        _teach(trained, options.model, train, options.teacher) if options.settings else {},
-    )
+    train = make_windows(tokenizer, rest, limit=needed)
+    return train, make_windows(tokenizer, held, limit=options.held_back_windows), report
 
 
 def _mixed(train: Windows, tokenizer: Any, options: argparse.Namespace) -> Windows:
@@ -292,7 +323,7 @@ def _run(bench: Bench, setting: str, seed: int) -> dict[str, Any]:
         routing_of(routed).config.calibration = []
         save_adapter(routed, Path(options.save) / f"{setting}-{seed}")
     routed.unload()
-    _say(f"{setting} seed {seed}", run["routed"])
+    say(f"{setting} seed {seed}", run["routed"])
     return run
 
 
@@ -311,7 +342,7 @@ def _widened(bench: Bench, setting: str, seed: int) -> dict[str, list[dict[str, 
     routed = PeftModel.from_pretrained(bench.measured, folder)
     rows = _swept(bench, routed)
     routed.unload()
-    _say(f"{setting} seed {seed}", rows)
+    say(f"{setting} seed {seed}", rows)
     return rows
 
 
@@ -327,7 +358,7 @@ def _mean_swept(bench: Bench, setting: str) -> dict[str, list[dict[str, Any]]]:
     routed = average_adapters(folders, bench.measured).eval()
     rows = _swept(bench, routed)
     routed.unload()
-    _say(f"{setting} mean", rows)
+    say(f"{setting} mean", rows)
     return rows
 
 
@@ -377,10 +408,10 @@ def _train(bench: Bench, routed: Any, seed: int) -> dict[str, list[float]]:
         trainer.known = bench.teacher
         trainer.train()
     entries = [entry for entry in trainer.state.log_history if "kept" in entry]
-    return {name: [_short(entry[name]) for entry in entries] for name in LOGGED}
+    return {name: [short(entry[name]) for entry in entries] for name in LOGGED}
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """Five digits of it."""
     return float(f"{value:.5g}")
 
@@ -472,14 +503,15 @@ def _key(ids_L: torch.Tensor) -> bytes:
     return bytes(ids_L.cpu().numpy().tobytes())
 
 
-def _loss(model: Any, windows: Windows, budget: float | None = None) -> dict[str, Any]:
+def losses_of(model: Any, windows: Windows, budget: float | None = None) -> dict[str, Any]:
+    """What a result says of the loss of some windows."""
     result = window_loss(model, windows, budget=budget)
     return {"loss": result.loss, "answer_loss": result.answer_loss, "tokens": result.tokens}
 
 
 def _row(model: Any, windows: Windows, budget: float) -> dict[str, Any]:
     with record(model) as trace:
-        losses = _loss(model, windows, budget)
+        losses = losses_of(model, windows, budget)
     return {"budget": budget, "kept_fraction": trace.kept_fraction(), **losses}
 
 
@@ -498,10 +530,10 @@ def _static(bench: Bench) -> dict[str, Any]:
             rows = []
             for number in options.static:
                 with decided_by(routed, StaticDrop(order[:number])), record(routed) as trace:
-                    losses = _loss(routed, windows, budget=1.0)
+                    losses = losses_of(routed, windows, budget=1.0)
                 rows.append({"units": number, "kept_fraction": trace.kept_fraction(), **losses})
             found[name][kind] = rows
-            _say(f"static {kind}", {name: rows})
+            say(f"static {kind}", {name: rows})
     routed.unload()
     return found
 
@@ -514,9 +546,9 @@ def _random(bench: Bench) -> dict[str, Any]:
         found[name] = []
         for rate in bench.options.random:
             with decided_by(routed, RandomMask(rate, seed=0)), record(routed) as trace:
-                losses = _loss(routed, windows, budget=1.0)
+                losses = losses_of(routed, windows, budget=1.0)
             found[name].append({"rate": rate, "kept_fraction": trace.kept_fraction(), **losses})
-    _say("random", found)
+    say("random", found)
     routed.unload()
     return found
 
@@ -527,7 +559,8 @@ def _controlled(bench: Bench) -> Any:
     return get_peft_model(bench.measured, config)
 
 
-def _say(what: str, rows: Any) -> None:
+def say(what: str, rows: Any) -> None:
+    """Tell who watches what was measured."""
     print(what, json.dumps(rows), flush=True)
 
 
