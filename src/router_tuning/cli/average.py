@@ -10,8 +10,10 @@ import typer
 
 from router_tuning.cli.console import show, stdout
 from router_tuning.cli.options import (
+    BUDGETS,
     BaseModel,
     BatchSize,
+    Budgets,
     ConfigFile,
     Debug,
     Device,
@@ -41,9 +43,7 @@ def average(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder for the mean.")],
-    budgets: Annotated[
-        str, typer.Option("--budgets", help="Kept fractions to find thresholds for.")
-    ] = "0.95,0.9,0.85,0.8,0.75,0.7,0.65,0.6,0.55,0.5",
+    budgets: Budgets = BUDGETS,
     limit: Annotated[
         int, typer.Option("--limit", min=1, help="Windows to calibrate on, at most.")
     ] = CALIBRATION_WINDOWS,

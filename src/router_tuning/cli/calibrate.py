@@ -10,9 +10,11 @@ import typer
 
 from router_tuning.cli.console import show, stdout
 from router_tuning.cli.options import (
+    BUDGETS,
     Adapter,
     BaseModel,
     BatchSize,
+    Budgets,
     ConfigFile,
     Debug,
     Device,
@@ -39,9 +41,7 @@ def calibrate(
             help="Text that the routers were not trained on. Default: what `tune` held back.",
         ),
     ] = None,
-    budgets: Annotated[
-        str, typer.Option("--budgets", help="Kept fractions to find thresholds for.")
-    ] = "0.95,0.9,0.85,0.8,0.75,0.7,0.65,0.6,0.55,0.5",
+    budgets: Budgets = BUDGETS,
     limit: Annotated[
         int, typer.Option("--limit", min=1, help="Windows to use, at most.")
     ] = CALIBRATION_WINDOWS,

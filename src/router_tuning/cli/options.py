@@ -252,5 +252,8 @@ Device = Annotated[
     str,
     typer.Option("--device", help="cpu, cuda, mps, or auto: cuda where there is one, else cpu."),
 ]
+BUDGETS = "0.95,0.9,0.85,0.8,0.75,0.7,0.65,0.6,0.55,0.5"
+"""Those that adapters are calibrated to where nothing else is asked."""
+Budgets = Annotated[str, typer.Option("--budgets", help="Kept fractions to find thresholds for.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows of one forward.")]
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens of a window.")]

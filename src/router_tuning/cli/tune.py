@@ -11,6 +11,7 @@ import typer
 
 from router_tuning.cli.console import fail, say, show, stdout
 from router_tuning.cli.options import (
+    BUDGETS,
     BatchSize,
     ConfigFile,
     Debug,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 TEXT, ROUTERS, LORA, TRAINING = "Text", "Routers", "LoRA", "Training"
 """Panels of the help."""
-BUDGETS = "0.95,0.9,0.85,0.8,0.75,0.7,0.65,0.6,0.55,0.5"
 
 
 def tune(
