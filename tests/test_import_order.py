@@ -29,7 +29,9 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"peft_config", "lora", "card", "baselines"}),
     frozenset({"peft_tuner"}),
     frozenset({"adapter_folder"}),
-    frozenset({"training", "calibration", "evaluation", "bench", "export", "official"}),
+    frozenset(
+        {"training", "averaging", "calibration", "evaluation", "bench", "export", "official"}
+    ),
     frozenset({"report"}),
     frozenset({"cli", "__main__"}),
 )
