@@ -34,7 +34,13 @@ def together(work: Callable[..., Any], *args: Any, ranks: int = RANKS) -> list[A
         return [torch.load(Path(folder) / str(r), weights_only=False) for r in range(ranks)]
 
 
+def _on_any_cpu(storage: Any, location: str) -> Any:
+    """transformers 5.16 reads a checkpoint in several processes to "cpu:0", which torch cannot."""
+    return storage if location.startswith("cpu:") else None
+
+
 def _run(rank: int, ranks: int, folder: str, work: Callable[..., Any], args: Any) -> None:
+    torch.serialization.register_package(9, lambda storage: None, _on_any_cpu)
     warnings.simplefilter("ignore", FutureWarning)  # as pyproject.toml has it
     local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(number) for name, number in local.items()})

@@ -163,6 +163,12 @@ def asked(model: nn.Module, given: Batch, **options: Any) -> Any:
         )
 
 
+def needs_router_logits(family: str) -> None:
+    """Skip where transformers gives none of a family: at 5.16, none of DeepSeek-V3."""
+    if asked(tiny_model(family, **TWO_OF_FOUR), batch()).get("router_logits") is None:
+        pytest.skip(f"this transformers gives no router logits of {family}")
+
+
 def load_balancing_loss(logits: tuple[Tensor, ...], chosen: int) -> Tensor:
     """Switch Transformers' (equations 4 to 6), over all layers together, token by token."""
     rows = torch.cat(logits)
@@ -180,6 +186,7 @@ SEQUENCES = [Case(f, g, "all") for f in MIXTURES for g in ("mlp_sequence", "bloc
 
 @pytest.mark.parametrize("case", [*CASES, *SEQUENCES], ids=str)
 def test_router_logits_are_of_the_tokens_that_ran_on_either_path(case: Case) -> None:
+    needs_router_logits(case.family)
     model, given = mixture(case), batch()
     decisions = run(model, given).trace.decisions()
     found = {}
@@ -201,6 +208,7 @@ def test_router_logits_are_of_the_tokens_that_ran_on_either_path(case: Case) -> 
 @pytest.mark.parametrize("path", ["masked", "skipping"])
 @every_case
 def test_with_everything_kept_the_loss_is_the_dense_one(case: Case, path: str) -> None:
+    needs_router_logits(case.family)
     model, given = tiny_model(case.family, **TWO_OF_FOUR), batch()
     before = asked(model, given, labels=given.ids)
     attach(model, case.config)

