@@ -111,9 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 update(path, lambda document, at=at, rows=rows: _add_rows(document, at, rows))
     for setting in options.settings if options.average else []:
         run = _mean_run(bench, setting)
-        if _identity(run) not in map(_identity, document["runs"]):
+        if _identity(run) not in done:
             run["routed"] = _mean_swept(bench, setting)
             update(path, lambda document, run=run: document["runs"].append(run))
+        elif options.widen:
+            at, rows = done.index(_identity(run)), _mean_swept(bench, setting)
+            update(path, lambda document, at=at, rows=rows: _add_rows(document, at, rows))
 
 
 def _identity(run: dict[str, Any]) -> tuple[Any, ...]:

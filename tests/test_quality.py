@@ -37,3 +37,9 @@ def test_the_mean_of_seeds_stands_beside_them_and_is_made_once(tmp_path: Path) -
     assert all(row["kept_fraction"] < 1 for row in mean["routed"]["text"])
     quality.main([*words, "--continue"])
     assert json.loads(result.read_text())["runs"] == runs
+    words[words.index("0.8,0.5")] = "0.65"
+    quality.main([*words, "--continue", "--widen"])
+    wider = json.loads(result.read_text())["runs"]
+    for run, before in zip(wider, runs, strict=True):
+        assert run["routed"]["text"][:2] == before["routed"]["text"]
+        assert run["routed"]["text"][2]["budget"] == 0.65
