@@ -23,12 +23,12 @@ from router_tuning.execution.context import routers_of
 from router_tuning.execution.visibility import sliding_window_of
 from router_tuning.units import FAMILIES as TABLE
 from router_tuning.units import decoder_of, is_found
-from tiny import CACHE_KEY, FOUND, PARTLY, tiny_model, token_ids
+from tiny import CACHE_KEY, FOUND_HERE, PARTLY, tiny_model, token_ids
 
 CELLS = [
-    *(Case(family, g, "kept", 5, 3) for family in (*PARTLY, *FOUND) for g in GRANULARITIES),
-    *(Case(f, g, "all") for f in (*PARTLY, *FOUND) for g in ("attn_token", "block_sequence")),
-    *(Case(family, "attn_sequence+mlp_token", "kept") for family in (*PARTLY, *FOUND)),
+    *(Case(family, g, "kept", 5, 3) for family in (*PARTLY, *FOUND_HERE) for g in GRANULARITIES),
+    *(Case(f, g, "all") for f in (*PARTLY, *FOUND_HERE) for g in ("attn_token", "block_sequence")),
+    *(Case(family, "attn_sequence+mlp_token", "kept") for family in (*PARTLY, *FOUND_HERE)),
 ]
 NONE_SAFE = {
     ("gemma3n", "block"): "works on several streams of hidden states",
@@ -81,14 +81,14 @@ def run_bare(model: Any) -> Tensor:
         ).logits
 
 
-@pytest.mark.parametrize("family", FOUND)
+@pytest.mark.parametrize("family", FOUND_HERE)
 def test_found_families_stand_in_no_table(family: str) -> None:
     model = tiny_model(family)
     assert model.config.model_type not in TABLE
     assert is_found(decoder_of(model))
 
 
-@pytest.mark.parametrize("family", FOUND)
+@pytest.mark.parametrize("family", FOUND_HERE)
 def test_found_families_generate_and_train(family: str) -> None:
     model, ids = tiny_model(family), token_ids(2, 9)
     attach(model, RoutingConfig(granularity=["attn_token"], kv_window=2))

@@ -11,13 +11,13 @@ from laws import Case, batch, calibrate_by_hand, forward, over, routed_model, ru
 from router_tuning import record
 from router_tuning.execution import skipping
 from router_tuning.execution.context import routers_of
-from tiny import FAMILIES, FOUND
+from tiny import FAMILIES, FOUND_HERE
 
 IN_GROUPS = {"falcon", "deepseek_v3"}
 """Families of the table that cannot be called so: their own attention function, latent keys."""
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *FOUND])
+@pytest.mark.parametrize("family", [*FAMILIES, *FOUND_HERE])
 def test_families_of_the_table_run_on_flat_tokens(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -31,7 +31,7 @@ def test_families_of_the_table_run_on_flat_tokens(
     monkeypatch.setattr(skipping, "grouped_run", grouped_run)
     result = run(model, batch(), [12] + [1] * 8)
     assert 0.1 < result.trace.kept_of_routed() < 0.9
-    assert bool(groups) == (family in IN_GROUPS or family in FOUND)
+    assert bool(groups) == (family in IN_GROUPS or family in FOUND_HERE)
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence"])

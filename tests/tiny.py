@@ -175,10 +175,10 @@ def _make(family: str, **fields: Any) -> PreTrainedModel:
 
 _INSIDE_OTHERS = ("Gemma3", "Gemma3n", "Gemma4")  # text models with a config of their own
 FAMILIES = tuple(_OWN)
-PARTLY = tuple(_PARTLY)
-FOUND = tuple(
+PARTLY, FOUND = tuple(_PARTLY), tuple(_FOUND)
+FOUND_HERE = tuple(
     family
-    for family in _FOUND  # at transformers 5.16 GPT-J's layers return tuples, which must be told
+    for family in FOUND  # at transformers 5.16 GPT-J's layers return tuples, which must be told
     if family != "gptj" or transformers.GPTJForCausalLM._supports_sdpa
 )
 EAGER_ONLY = ("gemma2", "gpt_oss")  # soft caps and sinks, which SDPA has not
