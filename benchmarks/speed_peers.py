@@ -280,6 +280,7 @@ def _peer(
         "ran_with": subject.ran_with,
         "nothing_skipped_over_dense": _distance(whole, base, ids_BT),
     }
+    whole.skips = "nothing"
     more = {f"{name}{WHOLE}": whole} if subject.skips_work else {}
     return {name: subject, **more}, said
 
