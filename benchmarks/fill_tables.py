@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def readme() -> list[str]:
-    """What a reader should see first: the demo, recipes, speed, a training step."""
+    """What a reader should see first: the demo, recipes, speed, peers, a training step."""
     parts = [speed_tables.demo(RESULTS / "demo-smollm2-135m.json", "")]
     for model in MODELS:
         name = f"quality-{model}"
@@ -56,6 +56,9 @@ def readme() -> list[str]:
     )
     parts.append(quality_tables.calibrated(calibration, evaluation, ""))
     parts += [speed_tables.speed(m, "") for m in MODELS if any(RESULTS.glob(f"bench-{m}-*.json"))]
+    for model in MODELS:
+        paths = sorted(RESULTS.glob(f"speed-peers-{model}*.json"))
+        parts += [speed_tables.peers(path, "") for path in paths]
     steps = [RESULTS / f"training-step-{model}.json" for model in MODELS]
     parts += [speed_tables.training_step(path, "") for path in steps if path.exists()]
     return parts

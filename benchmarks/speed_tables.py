@@ -7,6 +7,7 @@ from typing import Any
 
 from places import RESULTS, link, read
 
+PHASES = ("prefill", "decode")
 CONTROLS = {
     "routed": "routed",
     "random": "random, same rate in each layer",
@@ -57,6 +58,30 @@ def speed(model: str, root: str) -> str:
     return "\n".join(lines)
 
 
+def peers(path: Path, root: str) -> str:
+    """Times over dense beside others' code, and what kept it from running."""
+    document = read(path)
+    run, cells = document["run"], document["cells"]
+    shapes = [f"{c['batch_size']} x {c['prompt_tokens']} + {c['new_tokens']}" for c in cells]
+    lines = [
+        f"**Beside others' code, on {document['model']}** ({run['device']}, {run['dtype']}, "
+        f"{run['threads']} threads, transformers {run['versions']['transformers']}, medians of "
+        f"{run['repeats']} repeats, {document['rate']:.0%} of the attentions kept; "
+        f"{link(path, root)}). Time over dense in the same run, of the prefill and of a decoded "
+        "token; in brackets over the same code where it skips nothing:",
+        "",
+        "| what runs | what it leaves out | " + " | ".join(shapes) + " |",
+        "|---|---|" + "---|" * len(cells),
+    ]
+    for name, skips in document["skips"].items():
+        found = [", ".join(_over(cell[phase], name) for phase in PHASES) for cell in cells]
+        lines.append(f"| {name} | {skips} | " + " | ".join(found) + " |")
+    stopped = _stopped(document)
+    return "\n".join(
+        [*lines, "", "What did not run: " + "; ".join(stopped) + "."] if stopped else lines
+    )
+
+
 def training_step(path: Path, root: str) -> str:
     """What a training step costs beside full fine-tuning."""
     document = read(path)
@@ -76,6 +101,28 @@ def training_step(path: Path, root: str) -> str:
             f"{one['tokens_per_second']:.0f} | {one['trainable']:,} |"
         )
     return "\n".join(lines)
+
+
+def _over(phase: dict[str, Any] | None, name: str) -> str:
+    """A time over dense's, in brackets over its own; a dash without one."""
+    if phase is None or name not in phase["over_dense"]:
+        return "-"
+    own = phase["over_own"].get(name)
+    return f"{phase['over_dense'][name]:.2f}" + ("" if own is None else f" ({own:.2f})")
+
+
+def _stopped(document: dict[str, Any]) -> list[str]:
+    """What each peer did not do, and why: each reason once."""
+    found = {
+        f"{name}: {said['failed']}": None
+        for name, said in document["peers"].items()
+        if "failed" in said
+    }
+    for cell in document["cells"]:
+        for name, phases in cell["failed"].items():
+            if name in document["peers"]:
+                found |= {f"{name}, {phase}: {why}": None for phase, why in phases.items()}
+    return [f"`{one}`" for one in found]
 
 
 def _cells(cell: dict[str, Any]) -> str:
