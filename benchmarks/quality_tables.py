@@ -57,9 +57,15 @@ def newest_of(runs: list[Run]) -> dict[tuple[str, bool, bool], list[Run]]:
     for group in _groups(runs):
         tuning = group[0]["tuning"]
         which = group[0]["setting"], bool(tuning.get("own_text")), "averaged" in tuning
-        if len(group) >= len(found.get(which, [])):
+        if which not in found or _seeds(group) >= _seeds(found[which]):
             found[which] = group
     return found
+
+
+def _seeds(runs: list[Run]) -> int:
+    """How many trainings are behind the runs of a recipe."""
+    averaged: int = runs[0]["tuning"].get("averaged", len(runs))
+    return averaged
 
 
 def calibrated(calibration: Path, evaluation: Path, root: str) -> str:
@@ -134,7 +140,7 @@ def _table(
         curves = [curve(one["routed"][text], base, measure) for one in runs]
         cells = [*_cells(curves), *(_share(curves, dropped, kept) for kept in SHARES_AT)]
         lines.append(
-            f"| {_name(runs[0])} | {' | '.join(cells)} | {_tuned_on(runs[0])} | {len(curves)} |"
+            f"| {_name(runs[0])} | {' | '.join(cells)} | {_tuned_on(runs[0])} | {_seeds(runs)} |"
         )
     for kind, points in dropped.items():
         empty = " | -" * (len(SHARES_AT) + 2)

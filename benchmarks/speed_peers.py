@@ -70,7 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cell = _cell(subjects, ids_BT, prompt, options.repeats)
             print(json.dumps(cell), flush=True)
             document["cells"].append(cell)
-            Path(options.json).write_text(json.dumps(document, indent=2) + "\n")
+            _write(Path(options.json), document)
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """All of it or nothing: a run that is broken off leaves the cells that it had."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n")
+    partial.replace(path)
 
 
 def _options(given: Sequence[str]) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import gguf
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from router_tuning import embedded
 from router_tuning.embedded import (
@@ -543,6 +543,28 @@ def test_the_tokenizer_comes_along(tiny_alias: Path) -> None:
     )
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert tokenizer.name_or_path == "tiny"
+
+
+def test_special_tokens_are_the_files_whatever_transformers_makes_of_them(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    assert embedded._special_tokens(tmp_path / "tiny.gguf") == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+    }
+
+
+def test_a_converted_tokenizer_says_them_where_transformers_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    made = AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    made.eos_token, made.pad_token = "<s>", None  # as at transformers 5.16
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: made)
+    embedded._convert_tokenizer(tmp_path / "tiny.gguf", tmp_path / "out")
+    monkeypatch.undo()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "<pad>")
 
 
 def test_nothing_of_the_conversion_stays_behind(tiny_alias: Path) -> None:
