@@ -42,7 +42,8 @@ def main() -> None:
     found = []
     for tokens in (512, 2048, 4096):
         for name, ways in (
-            ("every second token asks, all are keys", _half_of(tokens, made)),
+            ("every second token asks, all are keys", _some_of(tokens, 0.5, made)),
+            ("four tokens of five ask, all are keys", _some_of(tokens, 0.8, made)),
             ("one query of one row", _one_query(1, tokens, made)),
             ("one query of four rows out of eight", _one_query(8, tokens, made)),
         ):
@@ -66,21 +67,21 @@ def main() -> None:
     write_json(Path(options.json), result)
 
 
-def _half_of(tokens: int, made: dict[str, Any]) -> Ways:
+def _some_of(tokens: int, share: float, made: dict[str, Any]) -> Ways:
     """kv="all": queries of the kept tokens over all keys, beside dense and the compacted form."""
     query, key, value = (torch.randn(1, h, tokens, WIDTH, **made) for h in _HEADS)
-    column_L = torch.arange(0, tokens, 2)
+    column_L = (torch.arange(0, tokens * share) / share).long()
     kept = query[:, :, column_L].contiguous()
     short = key[:, :, : len(column_L)], value[:, :, : len(column_L)]
     column_K = torch.arange(tokens)
 
     def blocks(size: int) -> Tensor:
-        parts = []
+        parts, begin = [], 0
         for some in column_L.split(size):
             end = int(some[-1]) + 1
             mask = (some[:, None] >= column_K[:end])[None, None].to(key.device)
-            begin = int(some[0]) // 2
             asking = kept[:, :, begin : begin + len(some)]
+            begin += len(some)
             parts.append(sdpa(asking, key[:, :, :end], value[:, :, :end], mask, enable_gqa=True))
         return torch.cat(parts, dim=2)
 

@@ -49,3 +49,13 @@ def test_a_bias_router_does_not_see_its_input() -> None:
     one = router("bias")
     assert sum(p.numel() for p in one.parameters()) == 1
     assert torch.equal(one(torch.randn(1, 3, HIDDEN)), one(torch.zeros(1, 3, HIDDEN)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_token_alone_has_the_logit_that_it_has_among_others(dtype: torch.dtype) -> None:
+    one = router("linear")
+    torch.nn.init.normal_(next(one.parameters()), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 7, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    alone = torch.cat([one(x[:, i : i + 1]) for i in range(7)], dim=1)
+    assert alone.dtype == torch.float32
+    torch.testing.assert_close(alone, one(x), rtol=0, atol=1e-5)

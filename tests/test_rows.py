@@ -112,3 +112,24 @@ def test_keys_side_by_side_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> No
     attend(kernel, query, column_L, RowKeys(key, key, torch.arange(200)), Reach(0, None))
     assert [k.shape[2] for k in taken] == [127, 199]  # up to the last query of a block
     assert all(k.untyped_storage().data_ptr() == key.untyped_storage().data_ptr() for k in taken)
+
+
+@pytest.mark.parametrize("long", [4, 1000])
+@pytest.mark.parametrize(("sliding", "first"), [(None, 0), (9, 0), (None, 5), (9, 5)])
+def test_a_stretch_of_keys_reads_what_its_keys_one_by_one_do(
+    sliding: int | None, first: int, long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "BLOCK", 3)
+    monkeypatch.setattr(rows, "LONG_BLOCK", 7)
+    monkeypatch.setattr(rows, "LONG", long)
+    generator = torch.Generator().manual_seed(first)
+    column_K = torch.arange(first, first + 30)
+    column_L = column_K[torch.rand(30, generator=generator) < 0.6]
+    query, key, value = (
+        torch.randn(1, heads, number, WIDTH, generator=generator)
+        for heads, number in ((HEADS, len(column_L)), (KEY_HEADS, 30), (KEY_HEADS, 30))
+    )
+    kernel, reach = KERNELS["sdpa"](), Reach(0, sliding)
+    stretch = attend(kernel, query, column_L, RowKeys(key, value, column_K), reach)
+    apart = RowKeys(key, value, column_K, torch.ones(30, dtype=torch.bool))
+    torch.testing.assert_close(stretch, attend(kernel, query, column_L, apart, reach))

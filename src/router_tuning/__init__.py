@@ -28,7 +28,14 @@ from router_tuning.errors import (
     UnsupportedModelError,
 )
 from router_tuning.evaluation.perplexity import evaluate, window_loss
-from router_tuning.execution.context import decided_by, dense, execute, record, replay
+from router_tuning.execution.context import (
+    always_skipping,
+    decided_by,
+    dense,
+    execute,
+    record,
+    replay,
+)
 from router_tuning.peft_config import RouterTuningConfig
 from router_tuning.peft_tuner import RouterTuningModel
 from router_tuning.record import Trace
@@ -68,6 +75,7 @@ __all__ = [
     "UnsupportedModelError",
     "WindowDataset",
     "Windows",
+    "always_skipping",
     "attach",
     "average_adapters",
     "calibrate",

@@ -35,9 +35,10 @@ from router_tuning.execution.context import (
     execute,
     lowered_thresholds,
     record,
+    replay,
     routing_of,
 )
-from router_tuning.memory import blocks_returned, held_bytes, peak_bytes
+from router_tuning.memory import blocks_kept, blocks_returned, held_bytes, peak_bytes
 from router_tuning.record import Trace
 from router_tuning.units import cache_argument, decoder_of, last_columns, unwrap
 
@@ -186,11 +187,12 @@ class _Cell:
         variants = self._variants(routed.trace.kept_of_routed())
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
         names = list(variants)
-        for number in range(self.plan.repeats + 1):
-            step(number)
-            turn = number % len(names)
-            for name in [*names[turn:], *names[:turn]]:
-                seconds[name].append(self._timed(name, variants[name]))
+        with blocks_kept():
+            for number in range(self.plan.repeats + 1):
+                step(number)
+                turn = number % len(names)
+                for name in [*names[turn:], *names[:turn]]:
+                    seconds[name].append(self._timed(name, variants[name]))
         # The first round warms up.
         prefill = {name: Times.of([s[0] for s in took[1:]]) for name, took in seconds.items()}
         decode = {
@@ -227,20 +229,30 @@ class _Cell:
         """What is compared, by name."""
         model, units = self.model, routing_of(self.model).units
         number = round((1 - rate) * len(units))
+        wanted = self.plan.variants
+        drawn = self._drawn(rate) if wanted is None or "random" in wanted else {}
         spread = {units[i * len(units) // number].name for i in range(number)} if number else set()
         every: dict[str, Variant] = {
             "dense": lambda: dense(model),
             "all_kept": self._all_kept,
             "routed": self._routed,
-            "random": lambda: decided_by(model, RandomMask(rate, self.plan.seed)),
+            "random": lambda: replay(model, drawn),
             "static": lambda: decided_by(model, StaticDrop(spread)),
             "floor": self._floor,
             "masked": self._masked,
         }
-        wanted = self.plan.variants
         if wanted is None:
             return every
         return {name: v for name, v in every.items() if name in (*wanted, "dense", "floor")}
+
+    def _drawn(self, rate: float) -> dict[str, Tensor]:
+        """Random decisions for the whole text. Drawn before the clock runs: a hash takes sixty
+        operations, which would be a tenth of a decoded token.
+        """
+        chance = RandomMask(rate, self.plan.seed)
+        with decided_by(self.model, chance), record(self.model) as trace:
+            self._forward(self.ids_BT, None)
+        return trace.decisions()
 
     @contextmanager
     def _routed(self) -> Iterator[None]:

@@ -125,7 +125,7 @@ def _token_cost(
     def kept(kind: str) -> int:
         if kind not in routed:
             return tokens
-        return sum(int(f.units[routed[kind]].keep_BT.sum()) for f in trace.forwards)
+        return sum(int(f.units[routed[kind]].ran_BT.sum()) for f in trace.forwards)
 
     attending = routed.get("attn", routed.get("block"))
     written = tokens
@@ -158,10 +158,10 @@ def _key_cost(
         columns = _Columns.of(stretch, name, config)
         seen_BC = columns.seen(columns.permanent_BC, config.kv_window if name else 0, sliding)
         dense_seen_BC = columns.seen(columns.real_BC, 0, sliding)
-        pairs += columns.pairs(columns.keep_BC, seen_BC)
+        pairs += columns.pairs(columns.ran_BC, seen_BC)
         dense_pairs += columns.pairs(columns.real_BC, dense_seen_BC)
         if price.expand:
-            expanded += _expanded(stretch, columns.keep_BC, columns.write_BC, seen_BC)
+            expanded += _expanded(stretch, columns.ran_BC, columns.write_BC, seen_BC)
             real_BC = columns.real_BC
             dense_expanded += _expanded(stretch, real_BC, real_BC, dense_seen_BC)
     return Cost(
@@ -218,10 +218,10 @@ def _stretches(episode: list[ForwardRecord]) -> list[_Stretch]:
 
 @dataclass(frozen=True)
 class _Columns:
-    """What one attention kept, over all columns of a stretch."""
+    """What one attention ran, over all columns of a stretch."""
 
     real_BC: Tensor
-    keep_BC: Tensor
+    ran_BC: Tensor
     write_BC: Tensor
     """Keys that were made."""
     permanent_BC: Tensor
@@ -240,16 +240,16 @@ class _Columns:
             fresh_BC = packed.diff(dim=1, prepend=packed[:, :1]) != 0
             column_C = torch.arange(real_BC.shape[1], device=real_BC.device)
             begin_BC = torch.where(fresh_BC, column_C, 0).cummax(1).values
-        keep_BC = write_BC = permanent_BC = real_BC
+        ran_BC = write_BC = permanent_BC = real_BC
         if name is not None:
             write_BC = stretch.columns(lambda f: _write_BT(f, name))
-            keep_BC = stretch.columns(lambda f: f.units[name].keep_BT)
-            permanent_BC = real_BC if config.kv == "all" else keep_BC
+            ran_BC = stretch.columns(lambda f: f.units[name].ran_BT)
+            permanent_BC = real_BC if config.kv == "all" else ran_BC
             if config.kv == "kept" and config.kv_sink:
                 position_BC = _count(real_BC, begin_BC)  # from 1
-                permanent_BC = keep_BC | (real_BC & (position_BC <= config.kv_sink))
+                permanent_BC = ran_BC | (real_BC & (position_BC <= config.kv_sink))
         first_new = stretch.new[0].start
-        return cls(real_BC, keep_BC, write_BC, permanent_BC, begin_BC, first_new)
+        return cls(real_BC, ran_BC, write_BC, permanent_BC, begin_BC, first_new)
 
     def seen(self, permanent_BC: Tensor, window: int, sliding: int | None) -> Tensor:
         """How many keys a query at each column sees: permanent ones, and real ones among the latest

@@ -18,6 +18,8 @@ SMALL, LARGE = 2**17, 2**25
 """glibc's first threshold for blocks that go back to the system when they are freed, and the
 largest to which it raises it by itself as a process frees large blocks.
 """
+ALWAYS = 2**30 - 1
+"""A threshold that nothing here reaches; twice it still is a C int."""
 
 
 @contextmanager
@@ -26,6 +28,19 @@ def blocks_returned() -> Iterator[None]:
     is of what was held, and not of the holes between. It costs time: nothing is timed in it.
     """
     _malloc_options(SMALL)
+    try:
+        yield
+    finally:
+        _malloc_options(LARGE)
+
+
+@contextmanager
+def blocks_kept() -> Iterator[None]:
+    """Inside the block, freed tensors stay with the process, as under the allocators that servers
+    run with. Else glibc gives large ones back and asks for them again, and which variant pays for
+    that is chance: it made a dense prefill up to a tenth slower, and a routed one more or less so.
+    """
+    _malloc_options(ALWAYS)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ class UnitRecord:
     """What one unit did in one forward."""
 
     keep_BT: Tensor
-    """True where the unit ran. Never at padding."""
+    """True where the unit ran and counts. Never at padding."""
     write_BT: Tensor | None
     """True where a key and a value were computed; None for an MLP, which has none."""
     logits_BT: Tensor | None = None
@@ -31,6 +31,15 @@ class UnitRecord:
     """
     soft_BT: Tensor | None = None
     """In the differentiable path: the 0/1 gate with its straight-through gradient."""
+    whole_BT: Tensor | None = None
+    """All real tokens, where the unit ran for skipped ones too since that is faster, and what it
+    gave for them was thrown away; None elsewhere.
+    """
+
+    @property
+    def ran_BT(self) -> Tensor:
+        """True where the unit computed."""
+        return self.keep_BT if self.whole_BT is None else self.whole_BT
 
 
 @dataclass

@@ -32,13 +32,16 @@ class LinearRouter(nn.Module):
         nn.init.constant_(self.score.bias, init_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        weight: Tensor = self.score.weight
-        bias: Tensor = self.score.bias
+        score = self.score
         if torch.is_autocast_enabled(x_BTD.device.type):
-            return _in_fp32(self.score, x_BTD)
+            return _in_fp32(score, x_BTD)
+        weight: Tensor = score.weight
+        bias: Tensor = score.bias
         if weight.dtype != torch.float32:
             weight, bias = weight.float(), bias.float()
         # Without the module's call: in decoding, this is most of what routing costs.
+        if x_BTD.shape[1] == 1:  # a library's product takes twice as long to begin
+            return (x_BTD.float() * weight).sum(-1) + bias
         return linear(x_BTD.float(), weight, bias).squeeze(-1)
 
 

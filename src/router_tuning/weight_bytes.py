@@ -88,7 +88,7 @@ class LayerWeights:
 
         def kept(*kinds: str) -> int:
             routed = [units[kind] for kind in kinds if units.get(kind) in forward.units]
-            return min([tokens, *(int(forward.units[name].keep_BT.sum()) for name in routed)])
+            return min([tokens, *(int(forward.units[name].ran_BT.sum()) for name in routed)])
 
         attending = units.get("attn", units.get("block"))
         written = tokens

@@ -16,7 +16,7 @@ from router_tuning.cost import flops_fraction
 from router_tuning.data import Windows
 from router_tuning.errors import DataError
 from router_tuning.evaluation.perplexity import evaluate, window_loss
-from router_tuning.execution.context import decided_by, record, routing_of
+from router_tuning.execution.context import always_skipping, decided_by, record, routing_of
 
 CALIBRATION_TOKENS = 1024
 EVALUATION_TOKENS = 1024
@@ -102,7 +102,7 @@ def _nearest(model: Any, order: Sequence[str], budget: float) -> Sequence[str]:
 
 
 def _measure(model: Any, windows: Windows, decider: Any) -> dict[str, Any]:
-    with decided_by(model, decider), record(model) as trace:
+    with always_skipping(model), decided_by(model, decider), record(model) as trace:
         result = window_loss(model, windows)
     return {
         "kept_fraction": trace.kept_fraction(),

@@ -30,7 +30,13 @@ from router_tuning.config import check_budget, threshold_for
 from router_tuning.cost import flops_fraction
 from router_tuning.data import Progress, Windows, evaluation_mode
 from router_tuning.errors import ConfigError, DataError, UnsupportedModelError
-from router_tuning.execution.context import decided_by, dense, record, routing_of
+from router_tuning.execution.context import (
+    always_skipping,
+    decided_by,
+    dense,
+    record,
+    routing_of,
+)
 from router_tuning.execution.prompts import refuse_windows
 from router_tuning.record import Trace, price_of
 from router_tuning.units import unwrap
@@ -274,13 +280,13 @@ class _Runs:
 
     def row(self, model: nn.Module, budget: float) -> tuple[dict[str, Any], Trace]:
         """A report's row at a budget, and the trace behind it."""
-        with record(model) as trace:
+        with always_skipping(model), record(model) as trace:
             result = self.loss(model, budget)
         return {"budget": budget, **_measures(model, result, trace)}, trace
 
     def decided(self, model: nn.Module, decider: RandomMask | StaticDrop) -> dict[str, Any]:
         """A row's measures where something else than the routers decides."""
-        with decided_by(model, decider), record(model) as trace:
+        with always_skipping(model), decided_by(model, decider), record(model) as trace:
             result = self.loss(model, 1.0)  # nothing is decided by a threshold
         return _measures(model, result, trace)
 

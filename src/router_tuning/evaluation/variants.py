@@ -14,7 +14,7 @@ from torch import nn
 
 from router_tuning.baselines import RandomMask, StaticDrop
 from router_tuning.cost import Cost, cost
-from router_tuning.execution.context import decided_by, dense, record
+from router_tuning.execution.context import always_skipping, decided_by, dense, record
 from router_tuning.record import Trace, kept_of_all, kept_of_routed
 
 SHARES = ("kept_fraction", "kept_of_routed", "flops_fraction")
@@ -66,7 +66,7 @@ class Ran:
         if variant.is_dense:
             yield
             return
-        with record(model) as trace:
+        with always_skipping(model), record(model) as trace:
             yield
         self.add(model, trace)
 

@@ -107,6 +107,8 @@ class ForwardContext:
     """With pooling="prompt": True at the tokens that decide; None where earlier ones did."""
     weighed_keys: bool = False
     """As in CallOptions."""
+    may_run_whole: bool = False
+    """Whether units may run for skipped tokens too where that is faster (paying.py)."""
     stand_ins: dict[nn.Module, Any] = field(default_factory=dict)
     """What attends for the attentions inside routed blocks (standing_in.py)."""
 
@@ -239,6 +241,8 @@ class CallOptions:
     """By how many logits each row's threshold is lowered (B,), or each token's (B, T)."""
     weighed_keys: bool = False
     """Whether gradients reach a decision through its token's key too (masked path, kv="kept")."""
+    may_run_whole: bool = True
+    """As in ForwardContext."""
     prompt_end: int | Tensor | None = None
     """The column that the prompts end before, or one a row (B,); None where it is not known."""
     keywords: Mapping[str, Any] = field(default_factory=dict)
@@ -428,11 +432,20 @@ def left_out_when_dense(module: nn.Module) -> bool:
 @contextmanager
 def execute(model: nn.Module, path: Path) -> Iterator[None]:
     """Force the path: "masked" computes every unit and hides what is skipped, "skipping" does not
-    compute it.
+    compute it, not even where that would be faster (paying.py).
     """
     if path not in get_args(Path):
         raise ConfigError(f"path must be one of {', '.join(get_args(Path))}, got {path!r}")
     with _with_options(model, path=path):
+        yield
+
+
+@contextmanager
+def always_skipping(model: nn.Module) -> Iterator[None]:
+    """Inside the block nothing runs for skipped tokens, not even where that is faster (paying.py):
+    what a trace costs is then what its decisions are worth, at any length.
+    """
+    with _with_options(model, may_run_whole=False):
         yield
 
 
@@ -512,6 +525,7 @@ def open_forward(
         sequence_BT=sequence_BT,
         host_threshold_B1=_threshold_column(thresholds, batch, options.lowered),
         weighed_keys=options.weighed_keys,
+        may_run_whole=options.path is None and options.may_run_whole,
         decider=options.decider,
         record=ForwardRecord(start, real_BT, routing.config.kv == "kept", sequence_BT=sequence_BT),
     )
@@ -566,8 +580,8 @@ def _threshold_column(thresholds: list[float], batch: int, lowered: Tensor | Non
             "rows"
         )
     # Beams and num_return_sequences repeat the rows of a batch.
-    values = torch.tensor(thresholds, dtype=torch.float32)
-    column_B1 = values.repeat_interleave(batch // len(thresholds))[:, None]
+    times = batch // len(thresholds)
+    column_B1 = torch.tensor([[t] for t in thresholds for _ in range(times)], dtype=torch.float32)
     if lowered is None:
         return column_B1
     return column_B1 - lowered.cpu().view(batch, -1)

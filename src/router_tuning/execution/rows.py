@@ -26,8 +26,8 @@ from router_tuning.execution.visibility import additive
 
 LARGEST_HEAD = 256
 """Of the kernels of CUDA that are told of groups."""
-BLOCK = 64
-"""Queries that share a mask."""
+BLOCK, LONG_BLOCK, LONG = 64, 256, 2048
+"""Queries that share a mask, and how many do among so many keys or more."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,46 @@ def attend(kernel: Kernel, query: Tensor, column_L: Tensor, keys: RowKeys, reach
     """What the queries (1, H, L, D) of a row at these columns read: (1, L, H, D)."""
     if keys.column_K is None:
         return kernel(query, keys.key, keys.value, None)
+    first = _first_of_a_stretch(keys)
+    size = BLOCK if len(keys.column_K) < LONG else LONG_BLOCK
     parts = [
         _block(kernel, query_b, column_b, keys, reach)
-        for query_b, column_b in zip(query.split(BLOCK, 2), column_L.split(BLOCK), strict=True)
+        if first is None
+        else _block_of_a_stretch(kernel, query_b, column_b, keys, first, reach)
+        for query_b, column_b in zip(query.split(size, 2), column_L.split(size), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _first_of_a_stretch(keys: RowKeys) -> int | None:
+    """The first column where the keys are those of a stretch of columns, none left out or hidden;
+    else None.
+    """
+    column_K = keys.column_K
+    assert column_K is not None
+    first, last = int(column_K[0]), int(column_K[-1])
+    whole = first >= 0 and last - first + 1 == len(column_K) and keys.lasting_K is None
+    return first if whole else None
+
+
+def _block_of_a_stretch(
+    kernel: Kernel, query: Tensor, column_L: Tensor, keys: RowKeys, first: int, reach: Reach
+) -> Tensor:
+    """The same as `_block`, where what a query sees follows from its column: with kv="all" there
+    are many blocks, and asking each key costs as much as a tenth of the attention.
+    """
+    sliding = reach.sliding
+    low, end = int(column_L[0]), int(column_L[-1]) + 1 - first
+    begin = 0 if sliding is None else max(low - sliding + 1 - first, 0)
+    some = slice(begin, end)
+    seen_LK = None
+    if len(column_L) > 1:
+        assert keys.column_K is not None
+        query_L1, key_K = column_L[:, None], keys.column_K[some]
+        seen_LK = key_K <= query_L1
+        if sliding is not None:
+            seen_LK &= key_K > query_L1 - sliding
+    return kernel(query, keys.key[:, :, some], keys.value[:, :, some], seen_LK)
 
 
 def _block(kernel: Kernel, query: Tensor, column_L: Tensor, keys: RowKeys, reach: Reach) -> Tensor:

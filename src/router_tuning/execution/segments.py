@@ -129,9 +129,12 @@ class SegmentKeys:
                 real_columns(context.host_real_BC, column_K, context.rows)[row], -1
             )
             real_K = (column_K >= 0).nonzero()[:, 0]
-            if fits and len(real_K) == self.asked_S[row] == int(real_K[-1] - real_K[0]) + 1:
-                some = slice(int(real_K[0]), int(real_K[-1]) + 1)
-                return RowKeys(key[:, :, some], value[:, :, some])
+            begin, end = int(real_K[0]), int(real_K[-1]) + 1
+            if end - begin == len(real_K):  # padding at the ends only
+                some = slice(begin, end)
+                key, value, column_K = key[:, :, some], value[:, :, some], column_K[some]
+                if fits and self.asked_S[row] == len(real_K):
+                    return RowKeys(key, value)
         return RowKeys(key, value, column_K)
 
     def _stored(self, row: int) -> RowKeys:

@@ -17,6 +17,7 @@ from router_tuning.execution.context import ForwardContext
 from router_tuning.execution.flat import FlatRun, can_run_flat
 from router_tuning.execution.grouped import grouped_run
 from router_tuning.execution.keys import keys_of, lasting, store_all, store_kept, written
+from router_tuning.execution.paying import runs_whole
 from router_tuning.execution.places import MadeKeys, Places
 from router_tuning.units import Unit, first_of
 
@@ -37,6 +38,10 @@ def skipping_call(
     if decided.num_kept == context.num_real and (layer is None or layer.store is None):
         context.note(unit, decided.record(context.real_BT, context))
         return first_of(call.run(dense_forward))
+    if runs_whole(decided, unit, context):
+        context.note(unit, decided.record(context.real_BT, context, context.real_BT))
+        output_BTD = first_of(call.run(dense_forward))
+        return output_BTD.masked_fill(~decided.keep_BT[..., None], 0)
     write_BT = written(decided, call, context)
     context.note(unit, decided.record(write_BT, context))
     if layer is not None and context.config.kv == "kept":

@@ -1,0 +1,113 @@
+"""Attentions that run whole where leaving queries out takes longer: the same results, honestly
+counted.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from laws import (
+    CHUNKS,
+    FIRST_FIVE,
+    LOGIT_TOLERANCE,
+    REPRESENTATIVES,
+    Case,
+    Counter,
+    batch,
+    difference,
+    routed_model,
+    run,
+)
+from router_tuning import always_skipping, dense, record, replay, routing_of
+from router_tuning.cost import cost, flops_fraction
+from router_tuning.execution import paying
+from tiny import token_ids
+
+ALL = Case(kv="all")
+every_phase = pytest.mark.parametrize("phase", ["uncached", *CHUNKS])
+
+
+@every_phase
+@pytest.mark.parametrize("family", sorted({*FIRST_FIVE, *REPRESENTATIVES}))
+def test_running_whole_changes_nothing(family: str, phase: str) -> None:
+    model, given = routed_model(Case(family, kv="all")), batch()
+    chunks = CHUNKS.get(phase)
+    strict = run(model, given, chunks)
+    decisions = strict.trace.decisions()
+    whole = run(model, given, chunks, decisions=decisions, may_run_whole=True)
+    assert any(unit.whole_BT is not None for unit in whole.trace.forwards[0].units.values())
+    assert difference(strict.logits, whole.logits, given.real) < LOGIT_TOLERANCE[torch.float32]
+    assert whole.trace.kept_fraction() == strict.trace.kept_fraction()
+    for name, keep in whole.trace.decisions().items():
+        assert torch.equal(keep, decisions[name])
+
+
+@every_phase
+def test_what_ran_whole_is_counted_as_such(phase: str) -> None:
+    model, given = routed_model(ALL), batch()
+    with Counter(model) as counter:
+        trace = run(model, given, CHUNKS.get(phase), may_run_whole=True).trace
+    for unit in routing_of(model).units:
+        entered = 0
+        for forward in trace.forwards:
+            ran, real = int(forward.units[unit.name].ran_BT.sum()), int(forward.real_BT.sum())
+            entered += forward.real_BT.numel() if ran == real else ran
+            if forward.real_BT.shape[1] == 1:
+                assert forward.units[unit.name].whole_BT is None
+        assert set(counter.entered(unit.layer_idx, "query")) == {entered}
+
+
+def test_what_ran_whole_costs_what_torch_counts() -> None:
+    model, given = routed_model(ALL, attn_implementation="eager"), batch(padded=False)
+    with FlopCounterMode(display=False) as counted:
+        trace = run(model, given, may_run_whole=True).trace
+    with FlopCounterMode(display=False) as counted_dense, dense(model):
+        run(model, given)
+    spent = cost(model, trace)
+    biases = 2 * len(routing_of(model).units) * given.ids.numel()  # torch leaves them out
+    routers = spent.flops - spent.dense_flops - biases
+    assert routers > 0  # nothing else is beside what dense runs
+    assert counted.get_total_flops() - counted_dense.get_total_flops() == routers
+
+
+def test_a_cost_of_decisions_is_had_by_always_skipping() -> None:
+    model, ids = routed_model(ALL), token_ids(2, 20)
+    with torch.no_grad(), record(model) as free:
+        model(ids)
+    with torch.no_grad(), always_skipping(model), record(model) as strict:
+        model(ids)
+    assert flops_fraction(model, strict) < 1 < flops_fraction(model, free)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+@pytest.mark.parametrize("length", [64, 1000])
+def test_few_skipped_tokens_run_whole_and_many_do_not(kept: float, length: int) -> None:
+    model, ids = routed_model(ALL), token_ids(1, length)
+    generator = torch.Generator().manual_seed(0)
+    decisions = {
+        unit.name: torch.rand((1, length), generator=generator) < kept
+        for unit in routing_of(model).units
+    }
+    with torch.no_grad(), replay(model, decisions), record(model) as trace:
+        model(ids)
+    for unit in trace.forwards[0].units.values():
+        least = paying.LEAST_SHARE * length + paying.LEAST_TOKENS
+        whole = int((~unit.keep_BT).sum()) < least
+        assert whole == (unit.whole_BT is not None)
+        assert whole == (kept == 0.9 or length == 64)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(granularity="attn_sequence", kv="all"),
+        Case(granularity="block_token", kv="all"),
+    ],
+    ids=str,
+)
+def test_nothing_else_runs_whole(case: Case) -> None:
+    trace = run(routed_model(case), batch(), may_run_whole=True).trace
+    assert all(unit.whole_BT is None for unit in trace.forwards[0].units.values())
