@@ -18,7 +18,9 @@ import quality_tables
 import recovery_tables
 import routing_tables
 import speed_tables
-from places import RESULTS, ROOT
+from places import RESULTS, ROOT, read
+
+from router_tuning.report.figures import growth_figure
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -39,6 +41,8 @@ def main() -> int:
     for model in MODELS:
         figure = ROOT / f"docs/figures/quality-{model}.png"
         quality_figure.draw(RESULTS / f"quality-{model}.json", figure)
+    for path in _growth():
+        growth_figure(read(path), ROOT / f"docs/figures/{path.stem}.png")
     for path in _routing():
         routing_tables.draw(path, ROOT / "docs/figures")
     return 0
@@ -70,12 +74,20 @@ def results() -> list[str]:
     for model in MODELS:
         paths = (RESULTS / f"quality-{model}.json", RESULTS / f"quality-lm-{model}.json")
         parts += [quality_tables.everything(path, "../") for path in paths if path.exists()]
+    parts += [speed_tables.growth(path, "../") for path in _growth()]
+    choice = RESULTS / "paying.json"
+    parts += [speed_tables.paying(choice, "../")] if choice.exists() else []
     for path in _routing():
         parts += routing_tables.routing(path, "../")
     recovery = [RESULTS / f"recovery-{model}.json" for model in MODELS]
     parts += [recovery_tables.recovery(path, "../") for path in recovery if path.exists()]
     mixture = RESULTS / "mixture.json"  # whose figures mixture.py draws
     return [*parts, *(mixture_tables.mixture(mixture, "../") if mixture.exists() else [])]
+
+
+def _growth() -> list[Path]:
+    """The benchmarks over many lengths and rows that were run."""
+    return sorted(RESULTS.glob("growth-*.json"))
 
 
 def _routing() -> list[Path]:

@@ -58,6 +58,61 @@ def speed(model: str, root: str) -> str:
     return "\n".join(lines)
 
 
+def growth(path: Path, root: str) -> str:
+    """Times over dense by prompt, rows and budget, as the figure beside it shows them."""
+    document = read(path)
+    run, cells = document["run"], document["cells"]
+    budgets = sorted({cell["budget"] for cell in cells}, reverse=True)
+    shapes = sorted({(cell["batch_size"], cell["prompt_tokens"]) for cell in cells})
+    found = {(c["batch_size"], c["prompt_tokens"], c["budget"]): c for c in cells}
+    lines = [
+        f"**Growth of {document['model']}, {_adapter(document['adapter'])}** ({run['device']}, "
+        f"{run['dtype']}, {run['threads']} threads; {link(path, root)}). Time over dense in the "
+        "same run, of the prefill and of a decoded token; in brackets the part of the tokens that "
+        "the routers kept:",
+        "",
+        f"![time over dense against the prompt's length]({root}docs/figures/{path.stem}.png)",
+        "",
+        "| rows x prompt | " + " | ".join(f"budget {budget:.2f}" for budget in budgets) + " |",
+        "|---|" + "---|" * len(budgets),
+    ]
+    for shape in shapes:
+        row = [_grown(found[(*shape, budget)]) for budget in budgets]
+        lines.append(f"| {shape[0]} x {shape[1]} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def paying(path: Path, root: str) -> str:
+    """Where skipping pays with kv="all", and what is chosen."""
+    document = read(path)
+    run, found = document["run"], document["found"]
+    shares = sorted({cell["kept"] for cell in found}, reverse=True)
+    cells = {(cell["tokens"], cell["kept"]): cell for cell in found}
+    lines = [
+        f'**Where skipping pays with `kv="all"`, on {document["model"]}** ({run["device"]}, '
+        f"{run['dtype']}, {run['threads']} threads, medians of {run['repeats']} repeats; "
+        f"{link(path, root)}). Time of a prefill over dense under random masks that keep so much: "
+        "skipping always, and as chosen; in brackets the part of the attentions that then ran "
+        "whole:",
+        "",
+        "| tokens | " + " | ".join(f"{kept:.1f}" for kept in shares) + " |",
+        "|---|" + "---|" * len(shares),
+    ]
+    for tokens in sorted({cell["tokens"] for cell in found}):
+        row = []
+        for kept in shares:
+            cell = cells[tokens, kept]
+            over = cell["over_dense"]
+            row.append(f"{over['skipping']:.2f}, {over['chosen']:.2f} ({cell['ran_whole']:.0%})")
+        lines.append(f"| {tokens} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _grown(cell: dict[str, Any]) -> str:
+    over = ", ".join(f"{cell[phase]['over_dense']['routed']:.2f}" for phase in PHASES)
+    return f"{over} ({cell['kept_of_routed']:.2f})"
+
+
 def peers(path: Path, root: str) -> str:
     """Times over dense beside others' code, and what kept it from running."""
     document = read(path)

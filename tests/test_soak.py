@@ -79,7 +79,7 @@ def _answer(model: Any, draw: random.Random, longest: int, broken_off: bool) -> 
     if broken_off:
         _break_off(model, given, chunks, budgets, draw)
         return
-    answered: Run = run(model, given, chunks, budget=budgets)
+    answered: Run = run(model, given, chunks, budget=budgets, may_run_whole=True)
     decisions = answered.trace.decisions()
     masked = run(model, given, path="masked", decisions=decisions, budget=budgets)
     assert difference(answered.logits, masked.logits, given.real) < TOLERANCE
@@ -104,7 +104,7 @@ def _break_off(
 
     hook = victim.register_forward_pre_hook(leave)
     try:
-        run(model, given, chunks, budget=budgets)
+        run(model, given, chunks, budget=budgets, may_run_whole=True)
     except _ClientIsGone:
         pass
     finally:
