@@ -6,9 +6,9 @@ are skipped, the dense call is faster; what it gives for skipped tokens is throw
 made for all tokens either way, so nothing else changes.
 
 The only place where that is chosen. Measured on a CPU (Zen 4, two threads, bf16, SmolLM2-135M):
-at 256, 512, 1,024 and 2,048 tokens skipping began to pay where about 0.4, 0.25, 0.28 and 0.26 of
-them were skipped (decision 0014; benchmarks/results/paying.json). Single tokens always pay: a dense
-call attends for all rows.
+at 256 tokens not even skipping half of them paid, at 512 and 1,024 skipping a little more than 0.3,
+at 2,048 skipping 0.2 or 0.3 (decision 0014; benchmarks/results/paying.json, whose times vary by
+some per cent). Single tokens always pay: a dense call attends for all rows.
 """
 
 from __future__ import annotations

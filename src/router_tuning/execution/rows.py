@@ -5,6 +5,7 @@ bf16, 9 heads over 3 key heads of 64; benchmarks/results/attention-choices.json)
 
 - A mask costs all pairs, hidden ones too. So queries that are exactly the keys' tokens take the
   kernel's own causal form, and others go in blocks that see only the keys up to their last one.
+- Among many keys, large blocks are as fast as small ones, and there are fewer of them to begin.
 - A single query of grouped heads is put to its key head as so many rows. Kernels that are told of
   the groups (enable_gqa) read a key once a head.
 
