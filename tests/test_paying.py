@@ -29,6 +29,11 @@ ALL = Case(kv="all")
 every_phase = pytest.mark.parametrize("phase", ["uncached", *CHUNKS])
 
 
+@pytest.fixture(autouse=True)
+def skipping_pays() -> None:
+    """Here it is measured whether it does, as everywhere outside the tests."""
+
+
 @every_phase
 @pytest.mark.parametrize("family", sorted({*FIRST_FIVE, *REPRESENTATIVES}))
 def test_running_whole_changes_nothing(family: str, phase: str) -> None:

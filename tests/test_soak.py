@@ -36,6 +36,11 @@ MEMORY = 300 * 2**10
 """Growth of the process in KiB, once each model has answered its first requests."""
 
 
+@pytest.fixture(autouse=True)
+def skipping_pays() -> None:
+    """Here it is measured whether it does, as everywhere outside the tests."""
+
+
 @pytest.mark.parametrize(
     ("requests", "longest"),
     [(44, 260), pytest.param(2000, 1500, marks=pytest.mark.slow)],

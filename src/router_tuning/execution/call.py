@@ -54,7 +54,7 @@ class UnitCall:
         """The mask that the model made for this attention, or None."""
         return self.kwargs.get(MASK)
 
-    @property
+    @functools.cached_property
     def cache(self) -> Any:
         """The cache, under whatever name it came."""
         return next((c for n in CACHES if (c := self.kwargs.get(n)) is not None), None)

@@ -30,6 +30,7 @@ from router_tuning.units import (
     decoder_of,
     family_of,
     granularity_of,
+    is_found,
     is_sequence,
     kind_of,
     post_norm_of,
@@ -121,6 +122,11 @@ class ForwardContext:
     def family(self) -> Family:
         """Of the decoder."""
         return family_of(self.decoder)
+
+    @functools.cached_property
+    def is_found(self) -> bool:
+        """Whether the family was found by the decoder's structure, so that nobody has tested it."""
+        return is_found(self.decoder)
 
     @functools.cached_property
     def layers(self) -> list[nn.Module]:

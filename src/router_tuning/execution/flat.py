@@ -27,7 +27,7 @@ from router_tuning.execution.rows import Kernel, Reach, attend
 from router_tuning.execution.segments import SegmentKeys
 from router_tuning.execution.standing_in import can_stand_in, own_forward, standing_in
 from router_tuning.execution.visibility import sliding_window_of
-from router_tuning.units import Unit, first_of, is_found
+from router_tuning.units import Unit, first_of
 
 BEYOND_SDPA = ("softcap", "s_aux")
 """What an attention passes to a function whose scores are capped, or that has sinks."""
@@ -50,7 +50,7 @@ def can_run_flat(attention: nn.Module, context: ForwardContext) -> bool:
     return (
         type(attention) not in _expanding
         and not context.family.expands_keys
-        and not is_found(context.decoder)
+        and not context.is_found
         and getattr(attention, "is_causal", False) is True
         and can_stand_in(attention)
     )
