@@ -143,9 +143,11 @@ def _first_of_a_stretch(keys: RowKeys) -> int | None:
     """
     column_K = keys.column_K
     assert column_K is not None
-    first, last = int(column_K[0]), int(column_K[-1])
-    whole = first >= 0 and last - first + 1 == len(column_K) and keys.lasting_K is None
-    return first if whole else None
+    first = int(column_K[0])
+    if first < 0 or keys.lasting_K is not None:
+        return None
+    stretch_K = torch.arange(first, first + len(column_K))  # pads in the middle are none
+    return first if torch.equal(column_K, stretch_K) else None
 
 
 def _block_of_a_stretch(
