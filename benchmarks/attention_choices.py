@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from places import shown
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -55,7 +56,7 @@ def main() -> None:
         "width": WIDTH,
         "found": found,
         "run": {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *map(shown, sys.argv)]),
             "seeds": [0],
             "versions": versions(),
             "device": device_name(made["device"]),

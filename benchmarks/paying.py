@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from places import shown
 from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache
@@ -66,7 +67,7 @@ def main() -> None:
         "model": options.model,
         "found": found,
         "run": {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *map(shown, sys.argv)]),
             "seeds": [options.seed],
             "versions": versions(),
             "device": device_name(next(model.parameters()).device),

@@ -1,4 +1,4 @@
-"""Where results lie, and how a document points to one."""
+"""Where results lie, how a document points to one, and what one says of places."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ RESULTS = ROOT / "benchmarks/results"
 def read(path: Path) -> dict[str, Any]:
     """The result in a file."""
     return dict(json.loads(path.read_text()))
+
+
+def shown(argument: str) -> str:
+    """An argument without the folder of an absolute path, which says nothing elsewhere."""
+    name, equals, value = argument.rpartition("=")
+    return f"{name}{equals}{Path(value).name}" if value.startswith("/") else argument
 
 
 def link(path: Path, root: str, name: str | None = None) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from peft import PeftModel, get_peft_model
+from places import shown
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -280,7 +281,7 @@ def _describe(document: dict[str, Any], bench: Bench) -> None:
     """Who runs what on what; refuses to mix runs that were measured differently."""
     options, before = bench.options, document.get("run", {})
     measured = {
-        "model": _shown(options.model),
+        "model": shown(options.model),
         "report_windows": options.report_windows,
         "held_back_windows": options.held_back_windows,
         "dtype": "float32",
@@ -290,14 +291,8 @@ def _describe(document: dict[str, Any], bench: Bench) -> None:
     changed = [name for name in measured if name in before and before[name] != measured[name]]
     if changed:
         sys.exit(f"--continue: {', '.join(changed)} differ from the runs that are in the file")
-    command = shlex.join(["python", *map(_shown, sys.argv)])
+    command = shlex.join(["python", *map(shown, sys.argv)])
     document["run"] = {"commands": [*before.get("commands", []), command], **measured}
-
-
-def _shown(argument: str) -> str:
-    """Without the folder of an absolute path, which says nothing elsewhere."""
-    name, equals, value = argument.rpartition("=")
-    return f"{name}{equals}{Path(value).name}" if value.startswith("/") else argument
 
 
 def _run(bench: Bench, setting: str, seed: int) -> dict[str, Any]:

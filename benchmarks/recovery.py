@@ -24,6 +24,7 @@ import quality
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
+from places import shown
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
@@ -84,7 +85,7 @@ def _options() -> argparse.Namespace:
 
 def _run_record(options: argparse.Namespace) -> dict[str, Any]:
     return {
-        "command": shlex.join(["python", *(quality._shown(a) for a in sys.argv)]),
+        "command": shlex.join(["python", *map(shown, sys.argv)]),
         "model": options.model,
         "budget": options.budget,
         "kv": options.kv,

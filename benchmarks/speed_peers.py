@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peer_models import OF_4, PEERS, Causal, Subject, Wanted, rope_theta, shared_copy
-from places import ROOT
+from places import ROOT, shown
 from torch import Tensor
 
 OURS = ("dense", 'ours, kv="all"', 'ours, kv="kept"', "ours, static", "ours, masked")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(given)
     torch.set_num_threads(options.threads)
     document: dict[str, Any] = {
-        "model": _shown(options.model),
+        "model": shown(options.model),
         "rate": options.rate,
         "skips": {},
         "peers": {},
@@ -122,22 +122,16 @@ def _run_record(options: argparse.Namespace, given: Sequence[str]) -> dict[str, 
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "command": shlex.join(["python", "benchmarks/speed_peers.py", *map(_shown, given)]),
+        "command": shlex.join(["python", "benchmarks/speed_peers.py", *map(shown, given)]),
         "seeds": [options.seed],
         "versions": versions,
         "device": _device_name(options.device),
         "dtype": options.dtype,
         "threads": options.threads,
         "repeats": options.repeats,
-        "text": _shown(options.text),
+        "text": shown(options.text),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _shown(argument: str) -> str:
-    """Without the folder of an absolute path, which says nothing elsewhere."""
-    name, equals, value = argument.rpartition("=")
-    return f"{name}{equals}{Path(value).name}" if value.startswith("/") else argument
 
 
 def _device_name(device: str) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from places import shown
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from router_tuning import RouterTuningConfig
@@ -94,7 +95,7 @@ def _result(options: argparse.Namespace, took: dict[str, list[dict[str, Any]]]) 
         }
         for name, v in variants.items()
     }
-    command = shlex.join(["python", *(_shown(a) for a in sys.argv)])
+    command = shlex.join(["python", *map(shown, sys.argv)])
     return {
         "variants": variants,
         "over_full": over,
@@ -110,11 +111,6 @@ def _result(options: argparse.Namespace, took: dict[str, list[dict[str, Any]]]) 
             "threads": options.threads,
         },
     }
-
-
-def _shown(argument: str) -> str:
-    """Without the folder of an absolute path, which says nothing elsewhere."""
-    return Path(argument).name if argument.startswith("/") else argument
 
 
 class _Clock(TrainerCallback):
