@@ -17,15 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from router_tuning import (
-    RoutingConfig,
-    always_skipping,
-    attach,
-    execute,
-    record,
-    replay,
-    routing_of,
-)
+from router_tuning import RoutingConfig, attach, execute, record, replay, routing_of
 from router_tuning.execution.context import routers_of
 from router_tuning.record import Trace, same_decisions
 from router_tuning.units import decoder_layers, decoder_of, family_of
@@ -196,16 +188,14 @@ def run(
     decisions: dict[str, Tensor] | None = None,
     path: str | None = None,
     cache: Any = None,
-    may_run_whole: bool = False,
     **options: Any,
 ) -> Run:
     """Logits and trace of a batch: in one forward without a cache, or chunk by chunk over one
-    cache. Nothing runs for skipped tokens unless `may_run_whole`.
+    cache.
     """
     replayed = nullcontext() if decisions is None else replay(model, decisions)
     forced: Any = nullcontext() if path is None else execute(model, path)  # type: ignore[arg-type]
-    allowed: Any = nullcontext() if may_run_whole else always_skipping(model)
-    with torch.no_grad(), replayed, forced, allowed, record(model) as trace:
+    with torch.no_grad(), replayed, forced, record(model) as trace:
         if chunks is None:
             logits = forward(model, given, 0, given.ids.shape[1], use_cache=False, **options)
             return Run(logits, trace)

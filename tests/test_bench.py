@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from laws import Case, calibrate_by_hand, routed_model
-from router_tuning import record
+from router_tuning import RandomMask, decided_by, record
 from router_tuning.bench import Plan, Times, _Cell, _phase, bench
 from router_tuning.cost import Cost
 from router_tuning.errors import BudgetError, ConfigError, DataError
@@ -111,6 +111,22 @@ def test_every_variant_decodes_the_text_itself() -> None:
     with torch.no_grad():
         cell._timed("routed", cell._routed)
     assert torch.equal(torch.cat(given, dim=1), ids)
+
+
+def test_random_masks_are_drawn_before_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared()
+    cell = _Cell(model, token_ids(2, 12), 9, BUDGET, plan())
+    with torch.no_grad():
+        random = cell._variants(0.5)["random"]
+        drawn = cell._drawn(0.5)
+        with decided_by(model, RandomMask(0.5, 0)), record(model) as wanted:
+            cell._decode(cell._prefill())
+    monkeypatch.delattr(RandomMask, "__call__")
+    with torch.no_grad(), random(), record(model) as trace:
+        cell._decode(cell._prefill())
+    for name, keep in trace.decisions().items():
+        assert torch.equal(keep, wanted.decisions()[name])
+        assert torch.equal(keep, drawn[name])
 
 
 def test_a_saving_is_a_share_of_what_could_be_saved() -> None:

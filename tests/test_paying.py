@@ -16,12 +16,14 @@ from laws import (
     Case,
     Counter,
     batch,
+    calibrate_by_hand,
     difference,
     routed_model,
     run,
 )
-from router_tuning import always_skipping, dense, record, replay, routing_of
+from router_tuning import Windows, always_skipping, dense, evaluate, record, replay, routing_of
 from router_tuning.cost import cost, flops_fraction
+from router_tuning.evaluation.variants import Ran, Variant
 from router_tuning.execution import paying
 from tiny import token_ids
 
@@ -39,9 +41,10 @@ def skipping_pays() -> None:
 def test_running_whole_changes_nothing(family: str, phase: str) -> None:
     model, given = routed_model(Case(family, kv="all")), batch()
     chunks = CHUNKS.get(phase)
-    strict = run(model, given, chunks)
+    with always_skipping(model):
+        strict = run(model, given, chunks)
     decisions = strict.trace.decisions()
-    whole = run(model, given, chunks, decisions=decisions, may_run_whole=True)
+    whole = run(model, given, chunks, decisions=decisions)
     assert any(unit.whole_BT is not None for unit in whole.trace.forwards[0].units.values())
     assert difference(strict.logits, whole.logits, given.real) < LOGIT_TOLERANCE[torch.float32]
     assert whole.trace.kept_fraction() == strict.trace.kept_fraction()
@@ -53,7 +56,7 @@ def test_running_whole_changes_nothing(family: str, phase: str) -> None:
 def test_what_ran_whole_is_counted_as_such(phase: str) -> None:
     model, given = routed_model(ALL), batch()
     with Counter(model) as counter:
-        trace = run(model, given, CHUNKS.get(phase), may_run_whole=True).trace
+        trace = run(model, given, CHUNKS.get(phase)).trace
     for unit in routing_of(model).units:
         entered = 0
         for forward in trace.forwards:
@@ -67,7 +70,7 @@ def test_what_ran_whole_is_counted_as_such(phase: str) -> None:
 def test_what_ran_whole_costs_what_torch_counts() -> None:
     model, given = routed_model(ALL, attn_implementation="eager"), batch(padded=False)
     with FlopCounterMode(display=False) as counted:
-        trace = run(model, given, may_run_whole=True).trace
+        trace = run(model, given).trace
     with FlopCounterMode(display=False) as counted_dense, dense(model):
         run(model, given)
     spent = cost(model, trace)
@@ -84,6 +87,21 @@ def test_a_cost_of_decisions_is_had_by_always_skipping() -> None:
     with torch.no_grad(), always_skipping(model), record(model) as strict:
         model(ids)
     assert flops_fraction(model, strict) < 1 < flops_fraction(model, free)
+
+
+def test_evaluation_says_what_decisions_are_worth() -> None:
+    model, ids = routed_model(ALL), token_ids(2, 20)
+    calibrate_by_hand(model)
+    windows, selection = (
+        Windows(x, torch.ones_like(x, dtype=torch.bool)) for x in (ids, token_ids(2, 20, seed=1))
+    )
+    report = evaluate(model, windows, [0.5], selection=selection, compare=True)
+    assert report["routed"][0]["flops_fraction"] < 1
+    assert report["random"][0]["flops_fraction"] < 1
+    ran, half = Ran(), Variant(budget=0.5)
+    with torch.no_grad(), half.on(model) as given, ran.counting(model, half):
+        model(ids, **given)
+    assert ran.shares()["flops_fraction"] < 1
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9])
@@ -114,5 +132,5 @@ def test_few_skipped_tokens_run_whole_and_many_do_not(kept: float, length: int) 
     ids=str,
 )
 def test_nothing_else_runs_whole(case: Case) -> None:
-    trace = run(routed_model(case), batch(), may_run_whole=True).trace
+    trace = run(routed_model(case), batch()).trace
     assert all(unit.whole_BT is None for unit in trace.forwards[0].units.values())

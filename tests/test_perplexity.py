@@ -23,7 +23,7 @@ from router_tuning.data import Windows
 from router_tuning.errors import BudgetError, ConfigError, DataError, UnsupportedModelError
 from router_tuning.evaluation import perplexity
 from router_tuning.evaluation.perplexity import MEASURES, evaluate, window_loss
-from router_tuning.execution.context import always_skipping, decided_by, dense, record
+from router_tuning.execution.context import decided_by, dense, record
 from router_tuning.peft_config import RouterTuningConfig
 from tiny import VOCAB_SIZE, tiny_model, token_ids
 
@@ -203,7 +203,7 @@ def selection() -> Windows:
 
 def row_of(model: nn.Module, windows: Windows, **options: Any) -> dict[str, float]:
     """A row's measures, from one forward over all windows."""
-    with always_skipping(model), record(model) as trace:
+    with record(model) as trace:
         loss, answer_loss = reference(model, windows, **options)
     return {
         "kept_fraction": trace.kept_fraction(),

@@ -133,3 +133,18 @@ def test_a_stretch_of_keys_reads_what_its_keys_one_by_one_do(
     stretch = attend(kernel, query, column_L, RowKeys(key, value, column_K), reach)
     apart = RowKeys(key, value, column_K, torch.ones(30, dtype=torch.bool))
     torch.testing.assert_close(stretch, attend(kernel, query, column_L, apart, reach))
+
+
+def test_pads_in_the_middle_are_no_part_of_a_stretch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    column_K = torch.arange(30)
+    column_K[[7, 8, 20]] = -1
+    column_L = torch.tensor([3, 9, 15, 29])
+    query, key, value = (
+        torch.randn(1, heads, number, WIDTH, generator=generator)
+        for heads, number in ((HEADS, 4), (KEY_HEADS, 30), (KEY_HEADS, 30))
+    )
+    seen_LK = (column_K >= 0) & (column_K <= column_L[:, None])
+    keys = RowKeys(key, value, column_K)
+    output = attend(KERNELS["sdpa"](), query, column_L, keys, Reach(0, None))
+    assert (output - plainly(query, keys, seen_LK)).abs().max() < 1e-5

@@ -84,7 +84,7 @@ def _answer(model: Any, draw: random.Random, longest: int, broken_off: bool) -> 
     if broken_off:
         _break_off(model, given, chunks, budgets, draw)
         return
-    answered: Run = run(model, given, chunks, budget=budgets, may_run_whole=True)
+    answered: Run = run(model, given, chunks, budget=budgets)
     decisions = answered.trace.decisions()
     masked = run(model, given, path="masked", decisions=decisions, budget=budgets)
     assert difference(answered.logits, masked.logits, given.real) < TOLERANCE
@@ -109,7 +109,7 @@ def _break_off(
 
     hook = victim.register_forward_pre_hook(leave)
     try:
-        run(model, given, chunks, budget=budgets, may_run_whole=True)
+        run(model, given, chunks, budget=budgets)
     except _ClientIsGone:
         pass
     finally:

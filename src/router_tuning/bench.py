@@ -246,8 +246,8 @@ class _Cell:
         return {name: v for name, v in every.items() if name in (*wanted, "dense", "floor")}
 
     def _drawn(self, rate: float) -> dict[str, Tensor]:
-        """Random decisions for the whole text. Drawn before the clock runs: a hash takes sixty
-        operations, which would be a tenth of a decoded token.
+        """Random decisions for the whole text. Drawn before the clock runs: the hash behind them
+        takes far more operations than a router does.
         """
         chance = RandomMask(rate, self.plan.seed)
         with decided_by(self.model, chance), record(self.model) as trace:

@@ -38,7 +38,7 @@ def blocks_returned() -> Iterator[None]:
 def blocks_kept() -> Iterator[None]:
     """Inside the block, freed tensors stay with the process, as under the allocators that servers
     run with. Else glibc gives large ones back and asks for them again, and which variant pays for
-    that is chance: it made a dense prefill up to a tenth slower, and a routed one more or less so.
+    that is chance.
     """
     _malloc_options(ALWAYS)
     try:

@@ -143,12 +143,18 @@ class Decided:
         return Places.where(self.host_BT, self.keep_BT.device)
 
     def record(
-        self, write_BT: Tensor | None, context: ForwardContext, ran_BT: Tensor | None = None
+        self, write_BT: Tensor | None, context: ForwardContext, whole_BT: Tensor | None = None
     ) -> UnitRecord:
-        """The entry for the trace; `ran_BT` where the unit ran for skipped tokens too."""
+        """The entry for the trace; `whole_BT` where the unit ran for skipped tokens too."""
         threshold = None if self.logits_BT is None else context.threshold_B1
         if write_BT is not None:
             write_BT = write_BT.to(self.keep_BT.device)
         return UnitRecord(
-            self.keep_BT, write_BT, self.logits_BT, threshold, self.always_BT, self.soft_BT, ran_BT
+            self.keep_BT,
+            write_BT,
+            self.logits_BT,
+            threshold,
+            self.always_BT,
+            self.soft_BT,
+            whole_BT,
         )

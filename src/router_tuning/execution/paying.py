@@ -8,7 +8,7 @@ made for all tokens either way, so nothing else changes.
 The only place where that is chosen. Measured on a CPU (Zen 4, two threads, bf16, SmolLM2-135M):
 at 256 tokens not even skipping half of them paid, at 512 and 1,024 skipping a little more than 0.3,
 at 2,048 skipping 0.2 or 0.3 (decision 0014; benchmarks/results/paying.json, whose times vary by
-some per cent). Single tokens always pay: a dense call attends for all rows.
+some per cent). Single tokens are left out of it: there a dense call attends for all rows.
 """
 
 from __future__ import annotations
