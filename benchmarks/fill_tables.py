@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mixture_tables
+import oracle_tables
 import quality_figure
 import quality_tables
 import recovery_tables
@@ -81,6 +82,8 @@ def results() -> list[str]:
         parts += routing_tables.routing(path, "../")
     recovery = [RESULTS / f"recovery-{model}.json" for model in MODELS]
     parts += [recovery_tables.recovery(path, "../") for path in recovery if path.exists()]
+    oracles = [RESULTS / f"sequence-oracle-{model}.json" for model in MODELS]
+    parts += [oracle_tables.oracle(path, "../") for path in oracles if path.exists()]
     mixture = RESULTS / "mixture.json"  # whose figures mixture.py draws
     return [*parts, *(mixture_tables.mixture(mixture, "../") if mixture.exists() else [])]
 

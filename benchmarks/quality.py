@@ -47,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kept_window": {"granularity": "attn_token", "kv": "kept", "kv_sink": 4, "kv_window": 16},
     "all": {"granularity": "attn_token", "kv": "all"},
     "sequence": {"granularity": "attn_sequence", "kv": "all"},
+    "sequence_early": {"granularity": "attn_sequence", "kv": "all", "decide_after": 8},
     "learned_static": {"granularity": "attn_token", "kv": "all", "router": "bias"},
     "mlp_token": {"granularity": "mlp_token", "kv": "all"},
     "mlp_sequence": {"granularity": "mlp_sequence", "kv": "all"},

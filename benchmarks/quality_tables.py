@@ -18,6 +18,7 @@ NAMES = {
     "kept_window": '`attn_token`, `kv="kept"`, sink 4, window 16',
     "kept": '`attn_token`, `kv="kept"`',
     "sequence": "`attn_sequence`",
+    "sequence_early": "`attn_sequence`, decided after 8 tokens",
     "learned_static": "learned static",
     "mlp_token": "`mlp_token`",
     "mlp_sequence": "`mlp_sequence`",

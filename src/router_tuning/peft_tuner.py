@@ -93,8 +93,9 @@ class RouterLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Logits of the active adapter's router, in fp32."""
-        (active,) = self.active_adapters
-        logits_BT: Tensor = self.keep_logits[active](x_BTD)
+        active = self.active_adapter  # of which there is one, see set_adapter
+        name = active if isinstance(active, str) else active[0]
+        logits_BT: Tensor = self.keep_logits[name](x_BTD)
         return logits_BT
 
     def enable_adapters(self, enabled: bool) -> None:

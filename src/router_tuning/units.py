@@ -347,6 +347,11 @@ def is_sequence(granularity: str) -> bool:
     return granularity.endswith("_sequence")
 
 
+def sequence_kinds(config: RoutingConfig) -> frozenset[str]:
+    """The kinds of units that a config decides for once a sequence."""
+    return frozenset(kind_of(g) for g in config.granularities if is_sequence(g))
+
+
 def find_units(model: nn.Module, config: RoutingConfig) -> list[Unit]:
     """The units that a config routes in a model, in layer order.
 

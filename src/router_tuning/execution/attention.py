@@ -30,7 +30,8 @@ def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if context is None:
         return dense_forward(*args, **kwargs)
     call = UnitCall.read(attention, args, kwargs)
-    check_packed(call.mask, context)
+    if context.sequence_BT is not None:
+        check_packed(call.mask, context)
     unit: Unit = attention.__dict__["skip_unit"]
     if context.masked:
         decided = decide(unit, call.x_BTD, context, None)
@@ -61,5 +62,6 @@ def cache_layer(cache: Any, unit: Unit, context: ForwardContext) -> RoutedCacheL
     if not every_key or unit.kind in context.sequence_kinds:
         adapter = context.routing.adapter
         return touch(cache, unit.layer_idx, every_key=every_key, adapter=adapter)
-    check_layer(cache, unit.layer_idx, every_key=every_key)
+    if context.cache is None:  # the decoder made this one, after the door
+        check_layer(cache, unit.layer_idx, every_key=every_key)
     return None

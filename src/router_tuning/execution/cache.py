@@ -476,6 +476,10 @@ def touch(
     Raises:
         UnsupportedCallError: a cache whose layers cannot be routed (see check_layer).
     """
+    layers: list[Any] = getattr(cache, "layers", [])
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    if isinstance(layer, RoutedCacheLayer) and layer.adapter == adapter:
+        return layer  # as the door found it fit to be (check_cache)
     layer = check_layer(cache, layer_idx, every_key=every_key)
     routed = layer if isinstance(layer, RoutedCacheLayer) else RoutedCacheLayer(layer)
     routed.adapter = adapter
@@ -519,7 +523,7 @@ def check_layer(cache: object, layer_idx: int, *, every_key: bool = False) -> An
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
     serving = layer.inner if isinstance(layer, RoutedCacheLayer) else layer
-    if type(serving) not in ((*GROWING, *FIXED) if every_key else GROWING):
+    if type(serving) not in GROWING and not (every_key and type(serving) in FIXED):
         why = 'kv="kept" leaves keys out, and a static layer has a place for each; '
         raise UnsupportedCallError(
             f"routing cannot serve a cache layer of type {type(serving).__name__} (layer "

@@ -18,7 +18,7 @@ from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.context import ForwardContext
 from router_tuning.execution.places import Places
 from router_tuning.record import UnitRecord
-from router_tuning.units import CACHES
+from router_tuning.units import CACHES, Unit
 
 MASK = "attention_mask"
 
@@ -54,10 +54,14 @@ class UnitCall:
         """The mask that the model made for this attention, or None."""
         return self.kwargs.get(MASK)
 
-    @functools.cached_property
+    @property
     def cache(self) -> Any:
         """The cache, under whatever name it came."""
-        return next((c for n in CACHES if (c := self.kwargs.get(n)) is not None), None)
+        for name in CACHES:
+            cache = self.kwargs.get(name)
+            if cache is not None:
+                return cache
+        return None
 
     def without_cache(self, mask: Any) -> UnitCall:
         """A call on the same tokens under another mask, writing no cache."""
@@ -85,8 +89,9 @@ class UnitCall:
 
     def run(self, forward: Callable[..., Any]) -> Any:
         """Call a forward; hidden states go first, as activation checkpointing wants them."""
-        rest = {name: value for name, value in self.kwargs.items() if name != self.state}
-        return forward(self.x_BTD, **rest)
+        rest = dict(self.kwargs)
+        x_BTD = rest.pop(self.state)
+        return forward(x_BTD, **rest)
 
 
 def _at(value: Any, row_RL: Tensor, token_RL: Tensor, shape: torch.Size) -> Any:
@@ -137,19 +142,31 @@ class Decided:
         host_BT = self.host_BT
         return int(host_BT.item() if host_BT.numel() == 1 else host_BT.sum())
 
+    def everything(self, context: ForwardContext) -> bool:
+        """Whether the unit runs for every real token."""
+        return self.keep_BT is context.real_BT or self.num_kept == context.num_real
+
     @functools.cached_property
     def kept(self) -> Places:
         """Where the unit runs."""
         return Places.where(self.host_BT, self.keep_BT.device)
 
-    def record(
-        self, write_BT: Tensor | None, context: ForwardContext, whole_BT: Tensor | None = None
-    ) -> UnitRecord:
-        """The entry for the trace; `whole_BT` where the unit ran for skipped tokens too."""
+    def note(
+        self,
+        unit: Unit,
+        context: ForwardContext,
+        write_BT: Tensor | None,
+        whole_BT: Tensor | None = None,
+    ) -> None:
+        """Record what a unit ran, where somebody reads it; `whole_BT` where it ran for skipped
+        tokens too.
+        """
+        if not context.is_read:
+            return
         threshold = None if self.logits_BT is None else context.threshold_B1
         if write_BT is not None:
             write_BT = write_BT.to(self.keep_BT.device)
-        return UnitRecord(
+        entry = UnitRecord(
             self.keep_BT,
             write_BT,
             self.logits_BT,
@@ -158,3 +175,5 @@ class Decided:
             self.soft_BT,
             whole_BT,
         )
+        # The first time counts: activation checkpointing runs a layer again.
+        context.record.units.setdefault(unit.name, entry)

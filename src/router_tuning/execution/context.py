@@ -22,19 +22,17 @@ from torch import Tensor, nn
 
 from router_tuning.config import RoutingConfig
 from router_tuning.errors import BudgetError, ConfigError, UnsupportedCallError
-from router_tuning.record import ForwardRecord, Trace, UnitRecord
+from router_tuning.record import ForwardRecord, Trace
 from router_tuning.units import (
     Family,
     Unit,
     decoder_layers,
     decoder_of,
     family_of,
-    granularity_of,
     is_found,
-    is_sequence,
-    kind_of,
     post_norm_of,
     router_child,
+    sequence_kinds,
 )
 
 Path = Literal["masked", "skipping"]
@@ -68,16 +66,15 @@ class Routing:
         """
         config = self.config
         attending = {unit.layer_idx for unit in self.units if unit.kind != "mlp"}
-        deciding = {u.memory for u in self.units if is_sequence(granularity_of(config, u))}
+        once = sequence_kinds(config)
+        deciding = {unit.memory for unit in self.units if unit.kind in once}
         every = config.kv == "all"
         layers = sorted(index for index in attending | deciding if index < num_layers)
         return {index: every or index not in attending for index in layers}
 
     def remembers_for_mlps(self) -> bool:
         """Whether a decision of an MLP has to last from one forward to the next."""
-        return any(
-            u.kind == "mlp" and is_sequence(granularity_of(self.config, u)) for u in self.units
-        )
+        return "mlp" in sequence_kinds(self.config)
 
 
 @dataclass
@@ -104,6 +101,8 @@ class ForwardContext:
     """The logit that each row's units need; (B, T) where the texts of a packed row need others."""
     decider: Decider | None
     record: ForwardRecord
+    is_read: bool
+    """Whether anything asks for the record, which holds tensors of every unit."""
     prompt_BT: Tensor | None = None
     """With pooling="prompt": True at the tokens that decide; None where earlier ones did."""
     weighed_keys: bool = False
@@ -197,7 +196,7 @@ class ForwardContext:
     @functools.cached_property
     def sequence_kinds(self) -> frozenset[str]:
         """The kinds of units that are decided for once a sequence."""
-        return frozenset(kind_of(g) for g in self.config.granularities if is_sequence(g))
+        return sequence_kinds(self.config)
 
     def post_norm(self, unit: Unit) -> nn.Module | None:
         """The norm after a unit in sandwich families."""
@@ -219,12 +218,6 @@ class ForwardContext:
     def router(self, unit: Unit) -> nn.Module:
         """The router beside a unit."""
         return router_beside(self.layers, unit)
-
-    def note(self, unit: Unit, record: UnitRecord) -> None:
-        """Record what a unit ran. The first time counts: activation checkpointing runs a layer
-        again.
-        """
-        self.record.units.setdefault(unit.name, record)
 
 
 class Decider(Protocol):
@@ -268,8 +261,9 @@ def original_method(module: nn.Module, name: str) -> Callable[..., Any]:
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward that a module had before routing was installed."""
-    return original_method(module, "forward")
+    """The same of `forward`, which every unit asks for in every forward."""
+    before: Callable[..., Any] | None = module.__dict__.get("dense_forward")
+    return type(module).forward.__get__(module) if before is None else before
 
 
 def options_for(decoder: nn.Module) -> CallOptions:
@@ -534,6 +528,7 @@ def open_forward(
         may_run_whole=options.path is None and options.may_run_whole,
         decider=options.decider,
         record=ForwardRecord(start, real_BT, routing.config.kv == "kept", sequence_BT=sequence_BT),
+        is_read=options.trace is not None,
     )
 
 

@@ -33,16 +33,32 @@ def decide(
     if context.decider is not None:
         keep_BT = _at_real(context.decider(unit, context.read(unit, x_BTD), context), context)
         return Decided(keep_BT, keep_BT.float() if context.masked else None, None)
+    if unit.kind in context.sequence_kinds:
+        return _by_sequence(unit, x_BTD, context, layer)
+    logits_BT = context.router(unit)(context.read(unit, x_BTD))
+    if x_BTD.shape[1] == 1 and not context.masked:
+        return _by_host(_constant(logits_BT), context)
+    return _by_threshold(Decision(logits_BT), context)
+
+
+def _by_sequence(
+    unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
+) -> Decided:
+    """As decided before, or with this forward."""
     settled_B = _settled(unit, context, layer)
     if settled_B is not None:
         return _as_settled(settled_B, context)
-    decision = _decision(unit, x_BTD, context, layer)
+    decision = _POOLINGS[context.config.pooling](unit, x_BTD, context, layer)
     settled_B = _settled(unit, context, layer)
     if settled_B is not None:  # with this forward
         return _as_settled(settled_B, context, decision.always_BT)
-    logits_BT = decision.logits_BT
-    if logits_BT.requires_grad:
-        logits_BT = logits_BT.detach()
+    if x_BTD.shape[1] == 1 and decision.always_BT is None and not context.masked:
+        return _by_host(_constant(decision.logits_BT), context)
+    return _by_threshold(decision, context)
+
+
+def _by_threshold(decision: Decision, context: ForwardContext) -> Decided:
+    logits_BT = _constant(decision.logits_BT)
     if context.masked:
         # Padding is gated like any token, since nobody reads it: fresh routers then change no bit
         # there either.
@@ -50,10 +66,12 @@ def decide(
         return Decided(
             (soft_BT.detach() > 0.5) & context.real_BT, soft_BT, logits_BT, decision.always_BT
         )
-    if x_BTD.shape[1] == 1 and decision.always_BT is None:
-        return _by_host(logits_BT, context)
     keep_BT = _at_real(decision.keep(context.threshold_B1), context)
     return Decided(keep_BT, None, logits_BT, decision.always_BT)
+
+
+def _constant(logits_BT: Tensor) -> Tensor:
+    return logits_BT.detach() if logits_BT.requires_grad else logits_BT
 
 
 def _by_host(logits_B1: Tensor, context: ForwardContext) -> Decided:
@@ -72,7 +90,7 @@ def _by_host(logits_B1: Tensor, context: ForwardContext) -> Decided:
 
 def _settled(unit: Unit, context: ForwardContext, layer: RoutedCacheLayer | None) -> Tensor | None:
     """The logit by which earlier forwards decided for each row, on the host: (B,)."""
-    if layer is None or unit.kind not in context.sequence_kinds:
+    if layer is None:
         return None
     if context.config.pooling == "prefix":
         prefix = layer.prefixes.get(unit.name)
@@ -96,20 +114,6 @@ def _as_settled(
 
 def _at_real(keep_BT: Tensor, context: ForwardContext) -> Tensor:
     return keep_BT if context.real_BC is None else keep_BT & context.real_BT
-
-
-def _decision(
-    unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
-) -> Decision:
-    if unit.kind not in context.sequence_kinds:
-        return Decision(context.router(unit)(context.read(unit, x_BTD)))
-    if context.config.pooling == "prompt":
-        return _by_prompt(unit, x_BTD, context, layer)
-    if context.config.pooling == "official":
-        logits_BT = context.router(unit)(context.read(unit, x_BTD))
-        # Padding and all: the door let no cache pass.
-        return Decision(logits_BT.mean(1, keepdim=True).expand_as(logits_BT))
-    return _by_prefix(unit, x_BTD, context, layer)
 
 
 def _by_prefix(
@@ -156,3 +160,14 @@ def _by_prompt(
     if layer is not None:
         layer.prompts[unit.name] = PromptLogit.of(logit_B, context.prompt_BT, context.column_T)
     return Decision(logit_B[:, None].expand(context.real_BT.shape))
+
+
+def _by_everything(
+    unit: Unit, x_BTD: Tensor, context: ForwardContext, layer: RoutedCacheLayer | None
+) -> Decision:
+    """Padding and all, as the paper's code does: the door let no cache pass."""
+    logits_BT = context.router(unit)(context.read(unit, x_BTD))
+    return Decision(logits_BT.mean(1, keepdim=True).expand_as(logits_BT))
+
+
+_POOLINGS = {"prefix": _by_prefix, "prompt": _by_prompt, "official": _by_everything}

@@ -129,6 +129,7 @@ def _context_of(
         path,
     )
     lengths = ours.get("prompt_lengths")
+    context.is_read |= gives_logits_of_what_ran(decoder, given)
     context.prompt_BT = prompt_of(context, routing, options.prompt_end, lengths, position_ids)
     return context
 

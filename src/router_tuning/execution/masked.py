@@ -43,7 +43,7 @@ def masked_call(
     """
     keep_BT = decided.keep_BT
     write_BT = context.real_BT if context.config.kv == "all" else permanent(keep_BT, context)
-    context.note(unit, decided.record(write_BT, context))
+    decided.note(unit, context, write_BT)
     if context.config.kv == "all":
         return call.without_cache(call.mask).run(dense_forward)
     hidden = int(keep_BT.sum()) < context.num_real

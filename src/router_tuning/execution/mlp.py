@@ -28,12 +28,12 @@ def routed_mlp(mlp: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return dense_forward(*args, **kwargs)
     x_BTD = UnitCall.read(mlp, args, kwargs).x_BTD
     decided = decide(unit, x_BTD, context, _cache_layer(unit, context))
-    context.note(unit, decided.record(None, context))
+    decided.note(unit, context, write_BT=None)
     if context.masked:
         assert decided.soft_BT is not None
         output = dense_forward(x_BTD)
         return _like(output, gated(first_of(output), decided.soft_BT, unit, context))
-    if decided.num_kept == context.num_real:
+    if decided.everything(context):
         return dense_forward(x_BTD)
     if not decided.num_kept:
         nothing_BTD = x_BTD.new_zeros(x_BTD.shape)

@@ -35,15 +35,15 @@ def skipping_call(
     """What a unit gives (B, T, D): at its kept tokens what its own forward does, at the others what
     is given for skipped ones, zeros for None. The attention is the unit's own, or the unit itself.
     """
-    if decided.num_kept == context.num_real and (layer is None or layer.store is None):
-        context.note(unit, decided.record(context.real_BT, context))
+    if (layer is None or layer.store is None) and decided.everything(context):
+        decided.note(unit, context, context.real_BT)
         return first_of(call.run(dense_forward))
     if runs_whole(decided, unit, context):
-        context.note(unit, decided.record(context.real_BT, context, context.real_BT))
+        decided.note(unit, context, context.real_BT, context.real_BT)
         output_BTD = first_of(call.run(dense_forward))
         return output_BTD.masked_fill(~decided.keep_BT[..., None], 0)
     write_BT = written(decided, call, context)
-    context.note(unit, decided.record(write_BT, context))
+    decided.note(unit, context, write_BT)
     if layer is not None and context.config.kv == "kept":
         layer.begin_skipping(context.rows, context.config.kv_window, context.host_real_BC)
     places = Places.where(write_BT & ~decided.host_BT, call.x_BTD.device)
