@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mlp_token": {"granularity": "mlp_token", "kv": "all"},
     "mlp_sequence": {"granularity": "mlp_sequence", "kv": "all"},
     "block_token": {"granularity": "block_token", "kv": "kept", "kv_sink": 4, "kv_window": 16},
+    "both": {"granularity": ("attn_token", "mlp_token"), "kv": "all", "budget_in": "flops"},
     "block_sequence": {"granularity": "block_sequence", "kv": "all"},
 }
 SWEEP = [0.92, 0.87, 0.81, 0.76, 0.7]
@@ -162,7 +163,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="some of the training windows are of this text, which sample_texts made",
     )
     parser.add_argument("--own-share", type=float, default=0.5, help="how many of them, of 1")
-    parser.add_argument("--static-of", default="attn_token", help="granularity of the controls")
+    parser.add_argument(
+        "--static-of", default="attn_token", help="what controls drop: a granularity, or a setting"
+    )
     parser.add_argument("--random", type=numbers(float), default=[], help="rates of random masks")
     parser.add_argument("--teacher", metavar="FILE", help="keep the dense model's hidden states")
     parser.add_argument("--save", metavar="DIR", help="keep the adapters there")
@@ -553,9 +556,10 @@ def _random(bench: Bench) -> dict[str, Any]:
 
 
 def _controlled(bench: Bench) -> Any:
-    """The model with units of the controls' granularity, for which something else decides."""
-    config = RouterTuningConfig(granularity=bench.options.static_of, kv="all")
-    return get_peft_model(bench.measured, config)
+    """The model with the controls' units, for which something else decides."""
+    of = bench.options.static_of
+    config = SETTINGS.get(of, {"granularity": of, "kv": "all"})
+    return get_peft_model(bench.measured, RouterTuningConfig(**config))
 
 
 def say(what: str, rows: Any) -> None:

@@ -24,8 +24,9 @@ NAMES = {
     "mlp_sequence": "`mlp_sequence`",
     "block_token": '`block_token`, `kv="kept"`, sink 4, window 16',
     "block_sequence": "`block_sequence`",
+    "both": "`attn_token` and `mlp_token`, budget in FLOPs",
 }
-UNITS = {"attention": "", "MLP": "-mlp", "block": "-block"}
+UNITS = {"attention": "", "MLP": "-mlp", "block": "-block", "attention and MLP": "-both"}
 """What is routed, and the end of its result file's name."""
 UNITS_KEPT = (0.9, 0.75)
 SHARES_AT = (0.9, 0.8)

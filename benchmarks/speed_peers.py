@@ -1,7 +1,7 @@
 """Time of others' code beside ours and the dense model: same weights, text and part of skipped
 attentions, in one process, in turns.
 
-Peers come from checkouts that the user names, and are glued to the model by peer_models.py. What a
+Peers come from checkouts that the user names, and are glued to the model by peer_models. What a
 peer does not do, the JSON says with the first line of what it raised. Example:
 
     python benchmarks/speed_peers.py --peer llm-drop=LLM-Drop --peer d-llm=D-LLM --threads 2 \\
@@ -32,7 +32,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peer_models import OF_4, PEERS, Causal, Subject, Wanted, rope_theta, shared_copy
+from peer_models import PEERS
+from peer_models.checkout import OF_4
+from peer_models.subject import Causal, Subject, Wanted, rope_theta, shared_copy
 from places import ROOT, shown
 from torch import Tensor
 

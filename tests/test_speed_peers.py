@@ -8,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peer_models
 import pytest
 import speed_peers
 import speed_tables
 import torch
-from peer_models import Causal, Subject, Wanted
+from peer_models.checkout import LIKE_4, class_name_kept, filled
+from peer_models.d_llm import _bias_at, _named_by_meta
+from peer_models.mod import _scaled
+from peer_models.official import _threshold_at
+from peer_models.skipgpt import _always_as_likely, skipgpt
+from peer_models.subject import Causal, Subject, Wanted, shared_copy
 from torch import Tensor, nn
 
 from tiny import SENTENCES, tiny_model, tiny_tokenizer, token_ids
@@ -86,7 +90,7 @@ def test_peers_run_beside_ours_and_the_json_says_what_stopped_one(folders: Path)
     # The first text that it reads sets its thresholds.
     assert found["cells"][0]["kept"]["official"]["prefill"] == pytest.approx(0.75, abs=0.1)
     assert found["peers"]["official"]["nothing_skipped_over_dense"] == pytest.approx(0, abs=1e-5)
-    assert found["peers"]["official"]["ran_with"] == [peer_models.LIKE_4]
+    assert found["peers"]["official"]["ran_with"] == [LIKE_4]
     assert found["peers"]["mod"]["failed"] == "ImportError: no Thing in things.py"
     assert str(folders) not in json.dumps(found)
     assert "official=runs" in found["run"]["command"]
@@ -179,7 +183,7 @@ def test_what_is_dropped_is_spread_and_as_much_as_the_rate_says() -> None:
 
 def test_a_model_that_runs_here_says_what_the_model_says() -> None:
     model, ids = tiny_model(), token_ids(2, 9)
-    run = Causal(peer_models.shared_copy(model))
+    run = Causal(shared_copy(model))
     with torch.no_grad():
         whole = model(ids).logits
         torch.testing.assert_close(run.logits(ids), whole[:, -1])
@@ -196,28 +200,28 @@ def test_a_model_that_runs_here_says_what_the_model_says() -> None:
 def test_a_router_keeps_the_part_of_its_first_tokens_that_is_wanted() -> None:
     torch.manual_seed(0)
     last, x_BTD = nn.Linear(8, 2), torch.randn(2, 50, 8)
-    last.register_forward_hook(peer_models._bias_at(last, 0.75))
+    last.register_forward_hook(_bias_at(last, 0.75))
     for logits_BT2 in (last(x_BTD), last(x_BTD)):
         assert float((logits_BT2[..., 1] >= logits_BT2[..., 0]).float().mean()) == 0.75
 
     layer, router = nn.Module(), nn.Linear(8, 1, bias=False)
-    router.register_forward_hook(peer_models._threshold_at(layer, 0.25))
+    router.register_forward_hook(_threshold_at(layer, 0.25))
     score_BT1 = router(x_BTD).sigmoid()
     assert float((score_BT1 >= layer.threshold).float().mean()) == 0.25
 
     weigher = nn.Linear(8, 1)
-    weigher.register_forward_hook(peer_models._scaled())
+    weigher.register_forward_hook(_scaled())
     first, again = weigher(100 * x_BTD), weigher(100 * x_BTD)
     torch.testing.assert_close(first, again)
     assert float(first.abs().max()) == pytest.approx(1)
 
-    peer_models._always_as_likely(last, 0.75)
+    _always_as_likely(last, 0.75)
     assert last.bias.softmax(0)[0].item() == pytest.approx(0.75)
 
 
 def test_queries_and_keys_are_turned_alike_by_halves_and_by_neighbours() -> None:
     model, width = tiny_model(), 8
-    turned = peer_models._named_by_meta(model)
+    turned = _named_by_meta(model)
     x_TD, angle_TW = torch.randn(3, 32), torch.randn(3, width // 2)
     attention = model.model.layers[1].self_attn
 
@@ -245,13 +249,13 @@ def test_queries_and_keys_are_turned_alike_by_halves_and_by_neighbours() -> None
 
 def test_the_name_of_a_class_is_put_back() -> None:
     kind = type("Model", (), {})
-    with peer_models.class_name_kept(kind):
+    with class_name_kept(kind):
         kind.__name__ = "ModelMoD"
     assert kind.__name__ == "Model"
 
 
 def test_what_a_folder_lacks_and_what_a_base_lacks_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no router_attn_mlp\.py in the peer's folder"):
-        peer_models.skipgpt(tmp_path, tiny_model(), Wanted(0.75, (), 1, 8, 0))
+        skipgpt(tmp_path, tiny_model(), Wanted(0.75, (), 1, 8, 0))
     with pytest.raises(ValueError, match="no weights for weight"):
-        peer_models.filled(nn.Linear(2, 2), {"bias": torch.zeros(2)})
+        filled(nn.Linear(2, 2), {"bias": torch.zeros(2)})
