@@ -396,6 +396,29 @@ def test_the_log_shows_the_learning_rate_of_the_arguments(
     assert made.state.log_history[0]["learning_rate"] == pytest.approx(shown)
 
 
+@pytest.mark.parametrize("router", ["linear", "bottleneck"])
+def test_steps_of_sequence_routers_are_a_tenth(router: str, tmp_path: Path) -> None:
+    model = peft_model(granularity=("attn_sequence", "mlp_token"), router=router, router_hidden=4)
+    rates = {"learning_rate": 1e-2, "bias_learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    optimizer = trainer(tmp_path, model, **rates).create_optimizer()
+    of = {id(p): (g["lr"], g["divided_by"]) for g in optimizer.param_groups for p in g["params"]}
+    for name, one in routers_of(model).items():
+        step = 0.1 if name.endswith("attn") else 1.0
+        bias = scalar_bias(one)
+        assert bias is not None
+        assert of.pop(id(bias)) == pytest.approx((0.1 * step, 1 / step))
+        for parameter in one.parameters():
+            if parameter is not bias:
+                rate, divided_by = of.pop(id(parameter))
+                assert rate * divided_by == pytest.approx(1e-2)
+                if parameter is not input_weight(one):
+                    assert rate == pytest.approx(1e-2 * step)
+    assert not of
+    weights = [input_weight(one) for one in routers_of(model).values()]
+    divided = [g["divided_by"] for g in optimizer.param_groups[: len(weights)]]
+    assert statistics.median(divided[::2]) > 3 * statistics.median(divided[1::2])
+
+
 def test_an_optimizer_of_ones_own_is_logged_as_it_is(tmp_path: Path) -> None:
     model = peft_model()
     made = trainer(tmp_path, model, cooldown_fraction=0.0)
@@ -414,12 +437,12 @@ def steps_of(optim: str, folder: Path) -> tuple[float, float]:
     model = peft_model()
     made = trainer(folder, model, optim=optim, learning_rate=1e-2, lr_scheduler_type="constant")
     optimizer = made.create_optimizer()
-    groups = [group for group in optimizer.param_groups if "spread" in group][:2]
+    groups = [group for group in optimizer.param_groups if "divided_by" in group][:2]
     moved = []
     for group, size in zip(groups, (0.3, 3e-4), strict=True):
         (weight,) = group["params"]
-        weight.grad = torch.full_like(weight, size * group["spread"])
-        moved.append((weight, weight.detach().clone(), group["spread"]))
+        weight.grad = torch.full_like(weight, size * group["divided_by"])
+        moved.append((weight, weight.detach().clone(), group["divided_by"]))
     optimizer.step()
     found = [
         float((weight - before).detach().abs().mean()) * spread for weight, before, spread in moved
