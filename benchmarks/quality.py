@@ -106,11 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = [_identity(run) for run in document["runs"]]
     for seed in options.seeds:
         for setting in options.settings:
-            if (setting, seed, _tuning(options, setting)) not in done:
+            wanted = {"setting": setting, "seed": seed, "tuning": _tuning(options, setting)}
+            if _identity(wanted) not in done:
                 run = _run(bench, setting, seed)
                 update(path, lambda document, run=run: document["runs"].append(run))
             elif options.widen:
-                at = done.index((setting, seed, _tuning(options, setting)))
+                at = done.index(_identity(wanted))
                 rows = _widened(bench, setting, seed)
                 update(path, lambda document, at=at, rows=rows: _add_rows(document, at, rows))
     for setting in options.settings if options.average else []:
