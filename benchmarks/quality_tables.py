@@ -26,6 +26,8 @@ NAMES = {
     "block_sequence": "`block_sequence`",
     "both": "`attn_token` and `mlp_token`, budget in FLOPs",
 }
+ON_TRIAL = ("sequence_early",)
+"""What stands in the table of all recipes only."""
 UNITS = {"attention": "", "MLP": "-mlp", "block": "-block", "attention and MLP": "-both"}
 """What is routed, and the end of its result file's name."""
 UNITS_KEPT = (0.9, 0.75)
@@ -57,6 +59,8 @@ def newest_of(runs: list[Run]) -> dict[tuple[str, bool, bool], list[Run]]:
     """
     found: dict[tuple[str, bool, bool], list[Run]] = {}
     for group in _groups(runs):
+        if group[0]["setting"] in ON_TRIAL:
+            continue
         tuning = group[0]["tuning"]
         which = group[0]["setting"], bool(tuning.get("own_text")), "averaged" in tuning
         if which not in found or _seeds(group) >= _seeds(found[which]):
@@ -170,7 +174,7 @@ def deciders(document: Run, texts: list[str]) -> list[tuple[str, str, dict[str, 
     """Label, tuning, and a curve for each text: the last run of each setting, and the controls."""
     dense = document["dense"]
     found = []
-    for setting in (name for name in NAMES if name not in ("kept", "learned_static")):
+    for setting in (n for n in NAMES if n not in ("kept", "learned_static", *ON_TRIAL)):
         runs = [
             run
             for run in document["runs"]
