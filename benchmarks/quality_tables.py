@@ -27,7 +27,9 @@ NAMES = {
     "both": "`attn_token` and `mlp_token`, budget in FLOPs",
 }
 ON_TRIAL = ("sequence_early",)
-"""What stands in the table of all recipes only."""
+"""What stands in the table of all recipes only, as do runs whose sequence routers took shorter
+steps than others (`sequence_step`), which was tried and taken out again.
+"""
 UNITS = {"attention": "", "MLP": "-mlp", "block": "-block", "attention and MLP": "-both"}
 """What is routed, and the end of its result file's name."""
 UNITS_KEPT = (0.9, 0.75)
@@ -59,9 +61,9 @@ def newest_of(runs: list[Run]) -> dict[tuple[str, bool, bool], list[Run]]:
     """
     found: dict[tuple[str, bool, bool], list[Run]] = {}
     for group in _groups(runs):
-        if group[0]["setting"] in ON_TRIAL:
-            continue
         tuning = group[0]["tuning"]
+        if group[0]["setting"] in ON_TRIAL or tuning.get("sequence_step", 1) != 1:
+            continue
         which = group[0]["setting"], bool(tuning.get("own_text")), "averaged" in tuning
         if which not in found or _seeds(group) >= _seeds(found[which]):
             found[which] = group
@@ -178,7 +180,7 @@ def deciders(document: Run, texts: list[str]) -> list[tuple[str, str, dict[str, 
         runs = [
             run
             for run in document["runs"]
-            if run["setting"] == setting and "averaged" not in run["tuning"]
+            if run["setting"] == setting and not {"averaged", "sequence_step"} & set(run["tuning"])
         ]
         if runs:
             curves = {text: curve(runs[-1]["routed"][text], dense[text]) for text in texts}

@@ -169,7 +169,7 @@ def test_kept_meets_the_budget_from_both_sides(
         tmp_path,
         rows(32, 24),
         per_device_train_batch_size=16,
-        max_steps=240 if granularity == "attn_sequence" else 120,  # whose steps are short
+        max_steps=120,
         save_strategy="no",
     )
     trainer.train()

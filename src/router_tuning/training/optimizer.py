@@ -5,8 +5,7 @@ move its logits as many times as far. So the learning rate of a router's weights
 spread of its input. And Adam makes all steps equally long, however small the gradients: it would
 walk at random with routers that have settled far from the threshold, until a text comes for which
 the first layers are skipped. So its epsilon is set to what gradients of unsettled routers measure.
-Where sequences decide, a batch holds a handful of decisions instead of hundreds, and long steps
-follow their chance: they are a tenth. Knows nothing of losses or of the Trainer.
+Knows nothing of losses or of the Trainer.
 
 Shapes: B batch, T tokens, N real tokens, D hidden.
 """
@@ -22,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from router_tuning.data import evaluation_mode
-from router_tuning.execution.context import ForwardContext, decided_by, routers_of, routing_of
+from router_tuning.execution.context import ForwardContext, decided_by, routers_of
 from router_tuning.lora import lora_parameters
 from router_tuning.routers import input_weight, scalar_bias
 from router_tuning.training.arguments import RouterTrainingArguments
 from router_tuning.training.budget import all_reduce_sum
 from router_tuning.training.sensitivity import Inputs, on_device
-from router_tuning.units import Unit, decoder_of, sequence_kinds
+from router_tuning.units import Unit, decoder_of
 
 SPREAD_ROWS = 2
 """Training rows that tell how far inputs spread."""
@@ -36,8 +35,6 @@ DAMPING = 0.03
 """Adam's epsilon for a router's weights, as for inputs that spread by 1: decision 0010."""
 BIAS_DAMPING = 0.01
 """The same for biases."""
-SEQUENCE_STEP = 0.1
-"""Learning rates of routers of sequences, as a part of the others': decision 0015."""
 LEAST = 0.01
 """Smallest spread that is believed, as a part of the median over units: rows of one and the same
 token have none."""
@@ -85,9 +82,8 @@ def parameter_groups(
     *,
     damped: bool = True,
 ) -> list[dict[str, Any]]:
-    """A group for each router's input weight, with what its learning rate is `divided_by`; one for
-    what else trains in the routers, and one for the biases, for each length of steps; and one for
-    the adapter's LoRA.
+    """A group for each router's input weight, with its `spread` and the learning rate divided by
+    it; one for what else trains in the routers; one for the biases; and one for the adapter's LoRA.
 
     Args:
         model: with routers.
@@ -99,38 +95,25 @@ def parameter_groups(
     def damping(size: float) -> dict[str, float]:
         return {"eps": size} if damped else {}
 
-    decay, once = args.weight_decay, sequence_kinds(routing_of(model).config)
-    steps = {u.name: SEQUENCE_STEP if u.kind in once else 1.0 for u in routing_of(model).units}
+    decay = args.weight_decay
     groups: list[dict[str, Any]] = []
-    others: dict[float, list[nn.Parameter]] = {}
-    biases: dict[float, list[nn.Parameter]] = {}
+    others: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
     for name, router in routers_of(model).items():
         weight, bias = input_weight(router), scalar_bias(router)
         if weight is not None:
             spread = spreads.get(name, 1.0)
-            groups.append(
-                _slowed([weight], args.learning_rate, spread / steps[name], decay)
-                | damping(DAMPING * spread)
-            )
+            rate = args.learning_rate / spread
+            group = {"params": [weight], "lr": rate, "weight_decay": decay, "spread": spread}
+            groups.append(group | damping(DAMPING * spread))
         rest = [p for p in router.parameters() if p.requires_grad]
-        others.setdefault(steps[name], []).extend(
-            p for p in rest if p is not weight and p is not bias
-        )
-        biases.setdefault(steps[name], []).extend([] if bias is None else [bias])
+        others += [p for p in rest if p is not weight and p is not bias]
+        biases += [] if bias is None else [bias]
     shared = [
-        *(_slowed(some, args.learning_rate, 1 / step, decay) for step, some in others.items()),
-        *(
-            _slowed(some, args.bias_learning_rate, 1 / step, 0.0) | damping(BIAS_DAMPING)
-            for step, some in biases.items()
-        ),
+        {"params": others, "lr": args.learning_rate, "weight_decay": decay},
+        {"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0}
+        | damping(BIAS_DAMPING),
         # With Adam's own epsilon: that of the others is the size of routers' gradients.
         {"params": lora_parameters(model), "lr": args.lora_learning_rate, "weight_decay": 0.0},
     ]
     return groups + [group for group in shared if group["params"]]
-
-
-def _slowed(
-    parameters: list[nn.Parameter], rate: float, divided_by: float, decay: float
-) -> dict[str, Any]:
-    lr = rate / divided_by
-    return {"params": parameters, "lr": lr, "weight_decay": decay, "divided_by": divided_by}

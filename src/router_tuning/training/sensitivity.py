@@ -49,7 +49,7 @@ class Seen:
     """What a router saw, and how much it mattered."""
 
     inputs: list[Tensor] = field(default_factory=list)
-    """(N, D), in the model's dtype; none where sequences decide."""
+    """(N, D), in the model's dtype."""
     squares: list[Tensor] = field(default_factory=list)
     """(N,), in nats: the squared derivative of the drawn tokens' log probability."""
 
@@ -101,7 +101,7 @@ def sensitivities(
         told_BT = real_BT & (torch.arange(real_BT.shape[1], device=real_BT.device) % every == 0)
         for name, (x_BTD, score_BT) in _scores(model, inputs, generator).items():
             if deciding[name]:
-                _note_sequences(seen[name], score_BT, real_BT)
+                _note_sequences(seen[name], x_BTD, score_BT, real_BT)
             else:
                 seen[name].inputs.append(x_BTD[told_BT])
                 seen[name].squares.append(score_BT[told_BT].square())
@@ -139,15 +139,20 @@ def _scores(
     return found
 
 
-def _note_sequences(seen: Seen, score_BN: Tensor, real_BT: Tensor) -> None:
-    """What the decision for all later tokens matters, as shared out among these. Nothing of what
-    was seen: of a hundred sequences no weights can be fitted, they would tell chance apart.
+def _note_sequences(seen: Seen, x_BND: Tensor, score_BN: Tensor, real_BT: Tensor) -> None:
+    """The mean of the tokens that decide, and what the decision for all later tokens matters, as
+    shared out among these.
     """
-    for score_N, real_T in zip(score_BN, real_BT, strict=True):
-        number = int((score_N != 0).sum())
-        if number:
-            governed = max(int(real_T.sum()) - number, 1)
-            seen.squares.append(score_N.sum().square()[None] / governed)
+    deciding_BN = score_BN != 0
+    for x_ND, score_N, deciding_N, real_T in zip(
+        x_BND, score_BN, deciding_BN, real_BT, strict=True
+    ):
+        number = int(deciding_N.sum())
+        if not number:
+            continue
+        governed = max(int(real_T.sum()) - number, 1)
+        seen.inputs.append(x_ND[deciding_N].float().mean(0, keepdim=True).to(x_ND.dtype))
+        seen.squares.append(score_N.sum().square()[None] / governed)
 
 
 @contextmanager

@@ -422,7 +422,7 @@ class RouterTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with the parts of the loss and what was kept: means since the last log."""
         if "learning_rate" in logs and self.optimizer is not None:  # of the first group
-            logs["learning_rate"] *= self.optimizer.param_groups[0].get("divided_by", 1.0)
+            logs["learning_rate"] *= self.optimizer.param_groups[0].get("spread", 1.0)
         number = self._sums.pop("number", 0.0)
         if "loss" in logs and number:
             logs.update({name: value / number for name, value in self._sums.items()})
