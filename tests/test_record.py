@@ -141,6 +141,21 @@ def test_gradients_survive_checkpointing() -> None:
         torch.testing.assert_close(plain, again)
 
 
+def test_nothing_is_recorded_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    attach(model, RoutingConfig(granularity=("attn_token", "mlp_token")))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("an entry was made")
+
+    monkeypatch.setattr("router_tuning.execution.call.UnitRecord", refuse)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        model(input_ids=ids)
+        with pytest.raises(AssertionError, match="entry"), record(model):
+            model(input_ids=ids)
+
+
 def test_layers_that_are_not_routed_are_not_recorded() -> None:
     model, given = tiny_model(), batch()
     attach(model, RoutingConfig(layers=[3, 1]))

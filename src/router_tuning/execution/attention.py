@@ -30,8 +30,7 @@ def routed_attention(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if context is None:
         return dense_forward(*args, **kwargs)
     call = UnitCall.read(attention, args, kwargs)
-    if context.sequence_BT is not None:
-        check_packed(call.mask, context)
+    check_packed(call.mask, context)
     unit: Unit = attention.__dict__["skip_unit"]
     if context.masked:
         decided = decide(unit, call.x_BTD, context, None)
