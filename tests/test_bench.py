@@ -109,8 +109,32 @@ def test_every_variant_decodes_the_text_itself() -> None:
         lambda module, args, kwargs: given.append(kwargs["input_ids"]), with_kwargs=True
     )
     with torch.no_grad():
-        cell._timed("routed", cell._routed)
+        cell._round({"routed": cell._routed}, 0)
     assert torch.equal(torch.cat(given, dim=1), ids)
+
+
+def test_variants_decode_in_turns_each_on_its_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what slows the machine for a second slows all of them, and nobody reads another's."""
+    cell = _Cell(prepared(), token_ids(2, 12), 9, BUDGET, plan())
+    steps: list[tuple[int, int]] = []
+    decoded = cell._decoded
+
+    def noted(column: int, cache: Any) -> None:
+        steps.append((column, id(cache)))
+        decoded(column, cache)
+
+    monkeypatch.setattr(cell, "_decoded", noted)
+    variants = {name: v for name, v in cell._variants(0.5).items() if name != "routed"}
+    with torch.no_grad():
+        seconds = cell._round(variants, 1)
+    decoding = len(variants) - 1  # the masked path has no cache
+    assert [column for column, _ in steps] == [9] * decoding + [10] * decoding + [11] * decoding
+    of_column = [[cache for column, cache in steps if column == c] for c in (9, 10, 11)]
+    assert all(len(set(caches)) == decoding for caches in of_column)
+    assert of_column[1] == of_column[0][1:] + of_column[0][:1]  # another one begins
+    assert {name: len(took) for name, took in seconds.items()} == {
+        name: 1 if name == "masked" else 4 for name in variants
+    }
 
 
 def test_random_masks_are_drawn_before_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +172,14 @@ def test_a_saving_is_a_share_of_what_could_be_saved() -> None:
 
 
 def test_times_are_a_median_and_the_distance_of_quartiles() -> None:
-    assert Times.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Times(3.0, 2.0)
+    assert Times.of([[5.0], [1.0], [2.0], [3.0], [4.0]]) == Times(3.0, 2.0)
+
+
+def test_steps_that_differ_all_count_and_one_that_was_disturbed_does_not() -> None:
+    steady = [1.0, 3.0]
+    times = Times.of([steady, [1.0, 99.0], steady])
+    assert times.median == 2.0
+    assert times.spread == 24.0  # of 2, 50 and 2
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

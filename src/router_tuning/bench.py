@@ -1,8 +1,8 @@
 """Speed and memory of a routed model beside dense, controls and its own limit, in one run.
 
-Each cell is a batch of real text and a budget. Variants take turns within a repeat, so that what
-slows the machine slows all of them; figures are medians over repeats, and a ratio is only ever
-taken within a cell. `docs/measuring.md` has the method.
+Each cell is a batch of real text and a budget. Variants take turns within a repeat, and in decoding
+within a token, so that what slows the machine slows all of them; figures are medians over repeats,
+and a ratio is only ever taken within a cell. `docs/measuring.md` has the method.
 
 `realised_saving` = (dense - routed) / (dense - ideal), with
 ideal = floor + (dense - floor) * (FLOPs of routed - FLOPs of floor) / (FLOPs of dense - of floor)
@@ -14,10 +14,9 @@ Shapes: B batch, T prompt tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -108,14 +107,18 @@ class Times:
 
     median: float
     spread: float
-    """Distance of the quartiles."""
+    """Distance of the quartiles of whole repeats."""
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Times:
-        """From single measurements."""
-        ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
-        low, high = torch.quantile(ordered, torch.tensor([0.25, 0.75], dtype=torch.float64))
-        return cls(median(seconds), float(high - low))
+    def of(cls, repeats: Sequence[Sequence[float]]) -> Times:
+        """From the steps of each repeat, which are the same in all: a step's time is its median over
+        repeats, and the mean over steps is what one takes.
+        """
+        seconds_RS = torch.tensor(repeats, dtype=torch.float64)
+        low, high = torch.quantile(
+            seconds_RS.mean(1), torch.tensor([0.25, 0.75], dtype=torch.float64)
+        )
+        return cls(float(seconds_RS.quantile(0.5, dim=0).mean()), float(high - low))
 
 
 @torch.no_grad()
@@ -185,22 +188,19 @@ class _Cell:
         routed = self._counted(self._routed)
         floor = self._counted(self._floor)
         variants = self._variants(routed.trace.kept_of_routed())
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-        names = list(variants)
+        rounds: list[dict[str, list[float]]] = []
         with blocks_kept():
             for number in range(self.plan.repeats + 1):
                 step(number)
-                turn = number % len(names)
-                for name in [*names[turn:], *names[:turn]]:
-                    seconds[name].append(self._timed(name, variants[name]))
-        # The first round warms up.
-        prefill = {name: Times.of([s[0] for s in took[1:]]) for name, took in seconds.items()}
+                rounds.append(self._round(variants, number))
+        rounds = rounds[1:]  # the first warms up
+        prefill = {name: Times.of([[took[name][0]] for took in rounds]) for name in variants}
         decode = {
-            name: Times.of([s[1] for s in took[1:]])
-            for name, took in seconds.items()
+            name: Times.of([took[name][1:] for took in rounds])
+            for name in variants
             if self.plan.new_tokens and name != "masked"
         }
-        memory = {name: self._memory(name, variants[name]) for name in names}
+        memory = {name: self._memory(name, variant) for name, variant in variants.items()}
         batch = self.ids_BT.shape[0]
         return {
             "batch_size": batch,
@@ -289,9 +289,12 @@ class _Cell:
         return cache
 
     def _decode(self, cache: Any) -> None:
-        """The text's own next tokens, so that every variant does the same."""
         for column in range(self.prompt, self.ids_BT.shape[1]):
-            self._forward(self.ids_BT[:, column : column + 1], cache)
+            self._decoded(column, cache)
+
+    def _decoded(self, column: int, cache: Any) -> None:
+        """The text's own next token, so that every variant does the same."""
+        self._forward(self.ids_BT[:, column : column + 1], cache)
 
     def _forward(self, ids_BT: Tensor, cache: Any) -> None:
         causal: Any = unwrap(self.model)
@@ -300,16 +303,27 @@ class _Cell:
         last = last_columns(1, ids_BT.device)
         causal(input_ids=ids_BT, use_cache=cache is not None, logits_to_keep=last, **given)
 
-    def _timed(self, name: str, variant: Variant) -> tuple[float, float]:
-        """Seconds of the prefill, and of one decoded token a row."""
-        with variant():
-            start = self._now()
-            cache = self._prefill(cached=name != "masked")
-            middle = self._now()
-            if name != "masked" and self.plan.new_tokens:
-                self._decode(cache)
-            end = self._now()
-        return middle - start, (end - middle) / max(self.plan.new_tokens, 1)
+    def _round(self, variants: Mapping[str, Variant], turn: int) -> dict[str, list[float]]:
+        """Seconds of each variant's prefill, and of each decoded token behind it (of all rows).
+
+        Variants take turns, each time beginning with another. All of their caches are held.
+        """
+        seconds: dict[str, list[float]] = {}
+        caches: dict[str, Any] = {}
+        for name in _from(list(variants), turn):
+            with variants[name]():
+                start = self._now()
+                cache = self._prefill(cached=name != "masked")
+                seconds[name] = [self._now() - start]
+            if name != "masked":
+                caches[name] = cache
+        for column in range(self.prompt, self.ids_BT.shape[1]):
+            for name in _from(list(caches), column):
+                with variants[name]():
+                    start = self._now()
+                    self._decoded(column, caches[name])
+                    seconds[name].append(self._now() - start)
+        return seconds
 
     def _now(self) -> float:
         if self.ids_BT.is_cuda:
@@ -354,6 +368,12 @@ def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values in use in a cache."""
     tensors = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _from(names: Sequence[str], turn: int) -> list[str]:
+    """The names in a circle, beginning with another each turn."""
+    first = turn % len(names)
+    return [*names[first:], *names[:first]]
 
 
 def _phase(times: dict[str, Times], routed: Cost, floor: Cost) -> dict[str, Any]:
