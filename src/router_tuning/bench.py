@@ -111,8 +111,8 @@ class Times:
 
     @classmethod
     def of(cls, repeats: Sequence[Sequence[float]]) -> Times:
-        """From the steps of each repeat, which are the same in all: a step's time is its median over
-        repeats, and the mean over steps is what one takes.
+        """From the steps of each repeat, the same in all. A step's time is its median over the
+        repeats; the mean over steps is what one takes.
         """
         seconds_RS = torch.tensor(repeats, dtype=torch.float64)
         low, high = torch.quantile(
