@@ -36,7 +36,8 @@ from router_tuning.routers import input_weight, scalar_bias
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 from router_tuning.units import decoder_of
 
-VARIANTS = ("routers, lm", "routers, distill", "LoRA r=8", "full")
+KV = {"routers": "kept", "routers kv=all": "all"}
+VARIANTS = (*(f"{name}, {of}" for name in KV for of in ("lm", "distill")), "LoRA r=8", "full")
 
 
 def main() -> None:
@@ -168,10 +169,11 @@ def _trainer(model: Any, options: argparse.Namespace, folder: str, data: WindowD
     }
     name = options.variant
     if name.startswith("routers"):
-        routed = get_peft_model(model, RouterTuningConfig(kv="kept", budget=0.75))
+        routers, objective = name.split(", ")
+        routed = get_peft_model(model, RouterTuningConfig(kv=KV[routers], budget=0.75))
         _wake(routed, data)
         # What is done once before the first step is no part of a step.
-        arguments = RouterTrainingArguments(**shared, objective=name.split()[-1], warm_start=0)
+        arguments = RouterTrainingArguments(**shared, objective=objective, warm_start=0)
         return RouterTrainer(routed, arguments, train_dataset=data)
     if name.startswith("LoRA"):
         model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
