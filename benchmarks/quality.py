@@ -38,6 +38,7 @@ from router_tuning.data import WindowDataset, Windows, interleaved, load_example
 from router_tuning.embedded import load_model, load_tokenizer
 from router_tuning.evaluation.perplexity import window_loss
 from router_tuning.execution.context import decided_by, record, routers_of, routing_of
+from router_tuning.training.optimizer import WHOLE_UNIT_STEP
 from router_tuning.training.shared_prefix import Prefix
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 from router_tuning.units import decoder_of
@@ -74,7 +75,7 @@ TOLD = (
 """Arguments of a training whose defaults a result names."""
 LOGGED = ("step", "task_loss", "kept", "grad_norm")
 """What a result keeps of a training's log, a list each."""
-LATER = {"lm_weight": 0.0, "own_text": 0.0, "adam_beta2": 0.999}
+LATER = {"lm_weight": 0.0, "own_text": 0.0, "adam_beta2": 0.999, "whole_unit_step": 1.0}
 """What older results do not name, since it was not there."""
 
 
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = [_identity(run) for run in document["runs"]]
     for seed in options.seeds:
         for setting in options.settings:
-            wanted = {"setting": setting, "seed": seed, "tuning": _tuning(options)}
+            wanted = {"setting": setting, "seed": seed, "tuning": _tuning(options, setting)}
             if _identity(wanted) not in done:
                 run = _run(bench, setting, seed)
                 update(path, lambda document, run=run: document["runs"].append(run))
@@ -313,7 +314,7 @@ def _run(bench: Bench, setting: str, seed: int) -> dict[str, Any]:
         "setting": setting,
         "config": config,
         "seed": seed,
-        "tuning": _tuning(options),
+        "tuning": _tuning(options, setting),
         "tuning_seconds": round(trained - started, 1),
         "threads": torch.get_num_threads(),
         "trainable": sum(p.numel() for p in routed.parameters() if p.requires_grad),
@@ -352,7 +353,7 @@ def _widened(bench: Bench, setting: str, seed: int) -> dict[str, list[dict[str, 
 def _mean_run(bench: Bench, setting: str) -> dict[str, Any]:
     """Who the mean of a setting's adapters is: its seed are theirs."""
     seeds = bench.options.seeds
-    tuning = {**_tuning(bench.options), "averaged": len(seeds)}
+    tuning = {**_tuning(bench.options, setting), "averaged": len(seeds)}
     return {"setting": setting, "config": SETTINGS[setting], "seed": seeds, "tuning": tuning}
 
 
@@ -371,8 +372,9 @@ def _add_rows(document: dict[str, Any], at: int, rows: dict[str, list[dict[str, 
         swept.extend(row for row in rows[name] if row["kept_fraction"] not in known)
 
 
-def _tuning(options: argparse.Namespace) -> dict[str, Any]:
-    """What of the options decides a tuning, beside its setting and its seed."""
+def _tuning(options: argparse.Namespace, setting: str) -> dict[str, Any]:
+    """What decides a tuning, beside its setting and its seed."""
+    whole = "sequence" in setting or setting == "learned_static"
     return {
         "steps": options.steps,
         "train_tokens": options.steps * options.batch_size * 256,
@@ -386,6 +388,7 @@ def _tuning(options: argparse.Namespace) -> dict[str, Any]:
             for field in fields(RouterTrainingArguments)
             if field.name in TOLD
         },
+        **({"whole_unit_step": WHOLE_UNIT_STEP} if whole else {}),
         **options.argument,
         "own_text": 0.0 if options.own_text is None else options.own_share,
     }

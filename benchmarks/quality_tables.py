@@ -38,7 +38,7 @@ STATICS = ("cosine", "greedy")
 EARLIER_ROWS = 2
 """The default of `warm_start` while it measured the harm of each unit's absence (decision 0005)."""
 
-LATER = {"own_text": 0.0, "adam_beta2": 0.999, "sequence_step": 1.0}
+LATER = {"own_text": 0.0, "adam_beta2": 0.999, "sequence_step": 1.0, "whole_unit_step": 1.0}
 """What older tunings do not name, since it was not there."""
 
 Run = dict[str, Any]
@@ -209,6 +209,8 @@ def _name(run: Run) -> str:
     usual = f"{NAMES[run['setting']]}; {rates}" + (f"; text {text:g}" if text else "")
     if tuning.get("sequence_step", 1) != 1:
         usual += f"; steps x {tuning['sequence_step']:g}"
+    if tuning.get("whole_unit_step", 1) != 1:
+        usual += f"; greedy start, steps x {tuning['whole_unit_step']:g}"
     mean = f"; mean of {tuning['averaged']} seeds" if "averaged" in tuning else ""
     return usual + own + _unusual(tuning) + mean + start
 

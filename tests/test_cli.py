@@ -651,7 +651,7 @@ def test_a_config_file_that_overwrites_can_be_resumed(
     stop_at(2)
     assert f"--config {file} --resume" in refused(130, "tune", *options)
     stop_at(None)
-    monkeypatch.setattr(tuning, "warm_start", lambda *a, **k: pytest.fail("begun anew"))
+    monkeypatch.setattr(tuning, "start_routers", lambda *a, **k: pytest.fail("begun anew"))
     run("tune", *options, "--resume")
     ours, other = (p / "adapter_model.safetensors" for p in (tmp_path / "out", adapter))
     assert ours.read_bytes() == other.read_bytes()

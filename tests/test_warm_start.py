@@ -404,12 +404,12 @@ def steps_of(optim: str, folder: Path) -> tuple[float, float]:
     model = peft_model()
     made = trainer(folder, model, optim=optim, learning_rate=1e-2, lr_scheduler_type="constant")
     optimizer = made.create_optimizer()
-    groups = [group for group in optimizer.param_groups if "spread" in group][:2]
+    groups = [group for group in optimizer.param_groups if "divided_by" in group][:2]
     moved = []
     for group, size in zip(groups, (0.3, 3e-4), strict=True):
         (weight,) = group["params"]
-        weight.grad = torch.full_like(weight, size * group["spread"])
-        moved.append((weight, weight.detach().clone(), group["spread"]))
+        weight.grad = torch.full_like(weight, size * group["divided_by"])
+        moved.append((weight, weight.detach().clone(), group["divided_by"]))
     optimizer.step()
     found = [
         float((weight - before).detach().abs().mean()) * spread for weight, before, spread in moved

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from router_tuning.data import Windows
 from router_tuning.errors import ConfigError
@@ -39,6 +40,8 @@ from router_tuning.units import (
 )
 
 Progress = Callable[[int, int], None]
+Measure = Callable[[int, Tensor], float]
+"""Runs a model on the row of a number, token ids (1, T), and says how far it went wrong in all."""
 SLACK = 1e-6
 """Of sums of prices, which are rounded."""
 
@@ -238,11 +241,53 @@ def greedy_order(
     Raises:
         ConfigError: `num` is more than there are routed units.
     """
+
+    def loss(number: int, ids_1T: Tensor) -> float:
+        logits_TV = unwrap(model)(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
+        return float(functional.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum"))
+
+    return _taken_away(model, windows.ids.split(1), num, loss, progress)[0]
+
+
+def greedy_ranking(
+    model: nn.Module,
+    rows: Sequence[Tensor],
+    num: float,
+    measure: Measure,
+    *,
+    progress: Progress | None = None,
+) -> list[str]:
+    """All units, those first that are missed least: as many as are to be dropped, as in
+    `greedy_order`, then the others by what was measured without each when the last was taken away.
+
+    Args:
+        model: a routed model.
+        rows: token ids, (1, T) each, without padding.
+        num: how many to drop, as in `greedy_order`; of none, no order is known.
+        measure: what to keep small.
+        progress: called with candidates tried, and candidates in all.
+
+    Raises:
+        ConfigError: `num` is more than there are routed units.
+    """
+    dropped, growth = _taken_away(model, rows, num, measure, progress)
+    return [*dropped, *sorted(growth.keys() - set(dropped), key=lambda name: growth[name])]
+
+
+def _taken_away(
+    model: nn.Module,
+    rows: Sequence[Tensor],
+    num: float,
+    measure: Measure,
+    progress: Progress | None,
+) -> tuple[list[str], dict[str, float]]:
+    """What is dropped, and for its price the growth without each unit of the last round."""
     units, prices = routing_of(model).units, routing_of(model).prices
     if num > price_of(prices, prices) + SLACK:
         raise ConfigError(f"asked to drop {num:g} units, but only {len(units)} are routed")
-    ids_BT = windows.ids.to(_device(model))
+    ids = [ids_1T.to(_device(model)) for ids_1T in rows]
     dropped: list[str] = []
+    growth: dict[str, float] = {}
     done, total = 0, sum(len(units) - i for i in range(round(num)))  # if prices are alike
 
     def tried() -> None:
@@ -252,42 +297,44 @@ def greedy_order(
             progress(done, max(done, total))
 
     while price_of(dropped, prices) < num - SLACK:
-        growth = _growths(model, ids_BT, dropped, tried)
-        dropped.append(min(growth, key=lambda name: growth[name] / prices[name]))
-    return dropped
+        found = _growths(model, ids, dropped, measure, tried)
+        growth = {name: grown / prices[name] for name, grown in found.items()}
+        dropped.append(min(growth, key=lambda name: growth[name]))
+    return dropped, growth
 
 
 def _growths(
-    model: nn.Module, ids_BT: Tensor, dropped: Sequence[str], tried: Callable[[], None]
+    model: nn.Module,
+    rows: Sequence[Tensor],
+    dropped: Sequence[str],
+    measure: Measure,
+    tried: Callable[[], None],
 ) -> dict[str, float]:
-    """By how much the loss grows without each unit that is not dropped yet."""
+    """By how much the measure grows without each unit that is not dropped yet."""
     decoder = decoder_of(model)
-    with (
-        torch.no_grad(),
-        decided_by(model, StaticDrop(dropped)),
-        entering_states(decoder) as states,
-    ):
-        decoder(input_ids=ids_BT, use_cache=False)
-        last = len(states) - 1
-        before = _loss_from(model, ids_BT, last, states[last])
+    states: list[list[Tensor]] = []
+
+    def measured_from(first: int) -> float:
+        """Mean over the tokens, running the decoder layers from `first` on, a row at a time."""
+        total = 0.0
+        for number, ids_1T in enumerate(rows):
+            with run_from(decoder, first, states[number][first]):
+                total += measure(number, ids_1T)
+        return total / sum(ids_1T[:, 1:].numel() for ids_1T in rows)
+
+    with torch.no_grad(), decided_by(model, StaticDrop(dropped)):
+        for ids_1T in rows:
+            with entering_states(decoder) as of_row:
+                decoder(input_ids=ids_1T, use_cache=False)
+            states.append(of_row)
+        before = measured_from(len(states[0]) - 1)
     growth = {}
     for unit in routing_of(model).units:
         if unit.name not in dropped:
-            first = unit.layer_idx
             with torch.no_grad(), decided_by(model, StaticDrop([*dropped, unit.name])):
-                growth[unit.name] = _loss_from(model, ids_BT, first, states[first]) - before
+                growth[unit.name] = measured_from(unit.layer_idx) - before
             tried()
     return growth
-
-
-def _loss_from(model: nn.Module, ids_BT: Tensor, first: int, state_BTD: Tensor) -> float:
-    """Mean loss a token, running the decoder layers from `first` on, a window at a time."""
-    total = 0.0
-    for ids_1T, state_1TD in zip(ids_BT.split(1), state_BTD.split(1), strict=True):
-        with run_from(decoder_of(model), first, state_1TD):
-            logits = unwrap(model)(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, ids_1T[0, 1:], reduction="sum"))
-    return total / ids_BT[:, 1:].numel()
 
 
 def _device(model: nn.Module) -> torch.device:

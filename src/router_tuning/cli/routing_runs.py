@@ -24,7 +24,7 @@ from router_tuning.evaluation.routing_analysis import (
     routing,
 )
 from router_tuning.peft_config import RouterTuningConfig
-from router_tuning.training.warm_start import warm_start
+from router_tuning.training.warm_start import start_routers
 
 BASE = ("model_type", "hidden_size", "num_layers", "vocab_size", "fingerprint")
 """What tells one base model from another."""
@@ -149,7 +149,7 @@ def of_start(
     try:
         with bar(f"Fitting the start to {rows.num_tokens} tokens") as progress:
             inputs = [{"input_ids": ids_L[None]} for ids_L in rows.ids]
-            warm_start(routed, inputs, progress, seed=seed)
+            start_routers(routed, inputs, like.budget, progress, seed=seed)
         return _found(routed, "the start", text, asked)
     finally:
         routed.unload()

@@ -27,7 +27,7 @@ from router_tuning.peft_config import RouterTuningConfig
 from router_tuning.record import kept_of_all
 from router_tuning.training.safety import last_complete_checkpoint
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
-from router_tuning.training.warm_start import ROWS, warm_start
+from router_tuning.training.warm_start import ROWS, start_routers
 from router_tuning.units import decoder_of
 
 OBJECTIVE_WINDOWS = 8
@@ -160,7 +160,7 @@ def train(
         rows = material.train.take(range(min(ROWS, len(material.train))))
         with bar("Finding how much the model needs each unit") as progress:
             batches = [{"input_ids": ids} for ids in rows.ids.split(1)]
-            warm_start(model, batches, progress, seed=settings.seed)
+            start_routers(model, batches, settings.budget, progress, seed=settings.seed)
     arguments = _arguments(model, settings, out, evaluate, save_every)
     with bar(f"Training {num_router_parameters(model)} router parameters") as progress:
         trainer = RouterTrainer(
@@ -197,7 +197,6 @@ def _arguments(
     device = next(model.parameters()).device
     return RouterTrainingArguments(
         output_dir=str(out / WORK),
-        warm_start=0,  # done, where people see how far it is
         objective=settings.objective,
         budget=settings.budget,
         max_steps=settings.steps,

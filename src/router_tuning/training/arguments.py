@@ -61,7 +61,9 @@ class RouterTrainingArguments(TrainingArguments):
         default=ROWS,
         metadata={
             "help": "Fresh routers begin as a fit to how sensitive the model is to each unit, "
-            "token by token, on so many training rows at most; 0 begins with all alike."
+            "token by token, on so many training rows at most; those that decide about whole units "
+            "begin in the order in which these are missed, and take short steps. 0 begins with all "
+            "alike."
         },
     )
     threshold_range: float = field(

@@ -5,7 +5,8 @@ move its logits as many times as far. So the learning rate of a router's weights
 spread of its input. And Adam makes all steps equally long, however small the gradients: it would
 walk at random with routers that have settled far from the threshold, until a text comes for which
 the first layers are skipped. So its epsilon is set to what gradients of unsettled routers measure.
-Knows nothing of losses or of the Trainer.
+Routers that decide about whole units begin where gradients do not lead (order_start.py), and take
+short steps from there. Knows nothing of losses or of the Trainer.
 
 Shapes: B batch, T tokens, N real tokens, D hidden.
 """
@@ -26,6 +27,7 @@ from router_tuning.lora import lora_parameters
 from router_tuning.routers import input_weight, scalar_bias
 from router_tuning.training.arguments import RouterTrainingArguments
 from router_tuning.training.budget import all_reduce_sum
+from router_tuning.training.order_start import decides_whole_units
 from router_tuning.training.sensitivity import Inputs, on_device
 from router_tuning.units import Unit, decoder_of
 
@@ -35,6 +37,9 @@ DAMPING = 0.03
 """Adam's epsilon for a router's weights, as for inputs that spread by 1: decision 0010."""
 BIAS_DAMPING = 0.01
 """The same for biases."""
+WHOLE_UNIT_STEP = 0.02
+"""Learning rates of routers that decide about whole units, as a part of the others' (decision 15).
+"""
 LEAST = 0.01
 """Smallest spread that is believed, as a part of the median over units: rows of one and the same
 token have none."""
@@ -82,8 +87,8 @@ def parameter_groups(
     *,
     damped: bool = True,
 ) -> list[dict[str, Any]]:
-    """A group for each router's input weight, with its `spread` and the learning rate divided by
-    it; one for what else trains in the routers; one for the biases; and one for the adapter's LoRA.
+    """A group for each router's input weight, one for what else trains in the routers, and one for
+    the biases, each with what its learning rate is `divided_by`; and one for the adapter's LoRA.
 
     Args:
         model: with routers.
@@ -96,6 +101,13 @@ def parameter_groups(
         return {"eps": size} if damped else {}
 
     decay = args.weight_decay
+    # Without a start there is no order yet that long steps could lose.
+    step = WHOLE_UNIT_STEP if args.warm_start and decides_whole_units(model) else 1.0
+
+    def slowed(some: list[nn.Parameter], rate: float, by: float, decay: float) -> dict[str, Any]:
+        by /= step
+        return {"params": some, "lr": rate / by, "weight_decay": decay, "divided_by": by}
+
     groups: list[dict[str, Any]] = []
     others: list[nn.Parameter] = []
     biases: list[nn.Parameter] = []
@@ -103,16 +115,14 @@ def parameter_groups(
         weight, bias = input_weight(router), scalar_bias(router)
         if weight is not None:
             spread = spreads.get(name, 1.0)
-            rate = args.learning_rate / spread
-            group = {"params": [weight], "lr": rate, "weight_decay": decay, "spread": spread}
+            group = slowed([weight], args.learning_rate, spread, decay)
             groups.append(group | damping(DAMPING * spread))
         rest = [p for p in router.parameters() if p.requires_grad]
         others += [p for p in rest if p is not weight and p is not bias]
         biases += [] if bias is None else [bias]
     shared = [
-        {"params": others, "lr": args.learning_rate, "weight_decay": decay},
-        {"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0}
-        | damping(BIAS_DAMPING),
+        slowed(others, args.learning_rate, 1.0, decay),
+        slowed(biases, args.bias_learning_rate, 1.0, 0.0) | damping(BIAS_DAMPING),
         # With Adam's own epsilon: that of the others is the size of routers' gradients.
         {"params": lora_parameters(model), "lr": args.lora_learning_rate, "weight_decay": 0.0},
     ]

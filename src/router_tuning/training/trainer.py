@@ -78,7 +78,7 @@ from router_tuning.training.safety import (
     stop_on_interrupt,
 )
 from router_tuning.training.shared_prefix import Prefix, capture_prefix, reuse_prefix
-from router_tuning.training.warm_start import is_fresh, warm_start
+from router_tuning.training.warm_start import is_fresh, start_routers
 from router_tuning.units import decoder_of, last_columns
 
 if TYPE_CHECKING:
@@ -422,7 +422,7 @@ class RouterTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with the parts of the loss and what was kept: means since the last log."""
         if "learning_rate" in logs and self.optimizer is not None:  # of the first group
-            logs["learning_rate"] *= self.optimizer.param_groups[0].get("spread", 1.0)
+            logs["learning_rate"] *= self.optimizer.param_groups[0].get("divided_by", 1.0)
         number = self._sums.pop("number", 0.0)
         if "loss" in logs and number:
             logs.update({name: value / number for name, value in self._sums.items()})
@@ -474,9 +474,10 @@ class RouterTrainerMixin(_Trainer):
             self.compute_loss_context_manager(),
             logging.tqdm(desc="Warm start", leave=False, disable=self.args.disable_tqdm) as shown,
         ):
-            warm_start(
+            start_routers(
                 self.routed,
                 rows,
+                self.budget,
                 lambda done, total: _advance(shown, total),
                 seed=self.args.seed,
             )

@@ -5,7 +5,8 @@ by skipping whatever the noise of the first steps picks. Its curvature is not fl
 every token what is missed least (sensitivity.py). Routers start as its fit: a logit is the log of
 the expected sensitivity, so that the threshold that skips the lowest logits skips what matters
 least. Sensitivities of single executions do not add up; training has to find what several absences
-do together (decision 0010).
+do together (decision 0010). Routers that decide about whole units start from their order instead
+(order_start.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from router_tuning.errors import TrainingError
 from router_tuning.execution.context import routers_of, routing_of
 from router_tuning.routers import input_weight, scalar_bias
+from router_tuning.training.order_start import decides_whole_units, order_start
 from router_tuning.training.sensitivity import Inputs, Progress, Seen, sensitivities
 from router_tuning.units import decoder_of
 
@@ -29,6 +31,33 @@ LOW = 0.1
 """Quantile of the fitted logits that keeps the fresh logit: nearly everything is kept at first."""
 LEAST = 1e-12
 """Lowest mean sensitivity that has a logarithm."""
+
+
+def start_routers(
+    model: nn.Module,
+    batches: Sequence[Inputs],
+    budget: float,
+    progress: Progress | None = None,
+    *,
+    seed: int = 0,
+) -> None:
+    """Set fresh routers to where training begins: those that decide about whole units to the greedy
+    order of these (order_start.py), others to what the model's output owes to each execution.
+
+    Args:
+        model: a routed causal LM with fresh routers.
+        batches: text of the kind to train on, a row each; some ten thousand tokens are enough.
+        budget: kept fraction that is trained for.
+        progress: called with what is done, and what there is to do.
+        seed: of the tokens that are drawn.
+
+    Raises:
+        TrainingError: no derivative is finite, or there is no text.
+    """
+    if decides_whole_units(model):
+        order_start(model, batches, budget, progress)
+    else:
+        warm_start(model, batches, progress, seed=seed)
 
 
 def warm_start(
