@@ -133,6 +133,12 @@ def test_without_a_budget_to_meet_or_text_there_is_no_order() -> None:
         order_start(model, [{"input_ids": token_ids(1, 1)}], 0.5)
 
 
+def test_a_budget_below_what_is_routed_orders_all_of_it() -> None:
+    model = routed(granularity="attn_sequence", layers=[1, 2])
+    assert sorted(order_start(model, inputs(), 0.25)) == ["layers.1.attn", "layers.2.attn"]
+    assert max(biases(model).values()) < 0
+
+
 @pytest.mark.parametrize(
     ("config", "whole"),
     [

@@ -18,6 +18,7 @@ from router_tuning.baselines import Drops, Measure, greedy_ranking, to_drop
 from router_tuning.data import evaluation_mode
 from router_tuning.errors import TrainingError
 from router_tuning.execution.context import dense, routers_of, routing_of
+from router_tuning.record import price_of
 from router_tuning.routers import scalar_bias
 from router_tuning.training.objectives import distill_loss, head_of
 from router_tuning.training.sensitivity import Inputs, on_device, real_tokens
@@ -64,7 +65,9 @@ def order_start(
         raise TrainingError("the first training rows have no two tokens each; look at these rows")
     with evaluation_mode(model), torch.no_grad():
         measure = _divergence(model, rows)
-        number = to_drop(model, budget)
+        # Of few routed layers, a low budget may ask for more than there are.
+        prices = routing_of(model).prices
+        number = min(to_drop(model, budget), price_of(prices, prices))
         ranking = greedy_ranking(model, rows, number, measure, progress=progress)
     drops = Drops.of(model, ranking, budget)
     routers = routers_of(model)
