@@ -16,6 +16,7 @@ from router_tuning.baselines import StaticDrop
 from router_tuning.errors import TrainingError
 from router_tuning.execution.context import decided_by, dense, routers_of, routing_of
 from router_tuning.routers import input_weight, scalar_bias
+from router_tuning.training.optimizer import WHOLE_UNIT_STEP, parameter_groups
 from router_tuning.training.order_start import EVERY, GAP, decides_whole_units, order_start
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 from router_tuning.training.warm_start import start_routers
@@ -154,6 +155,38 @@ def test_who_decides_about_whole_units(config: dict[str, Any], whole: bool) -> N
     start_routers(model, inputs(), 0.5)
     steps = [(b - a) / GAP for a, b in pairwise(sorted(biases(model).values()))]
     assert all(step == pytest.approx(1.0) for step in steps) == whole
+
+
+@pytest.mark.parametrize("warm_start", [0, 8])
+@pytest.mark.parametrize("config", [*WHOLE, {}, {"router": "bottleneck"}])
+def test_steps_are_short_from_an_order_only(
+    config: dict[str, Any], warm_start: int, tmp_path: Path
+) -> None:
+    model = routed(**config)
+    for router in routers_of(model).values():
+        router.requires_grad_(True)
+    arguments = RouterTrainingArguments(
+        str(tmp_path),
+        warm_start=warm_start,
+        learning_rate=1e-2,
+        bias_learning_rate=0.1,
+        use_cpu=True,
+        report_to="none",
+    )
+    spreads = {name: 4.0 for name in routers_of(model)}
+    groups = parameter_groups(model, arguments, spreads)
+    short = bool(warm_start) and decides_whole_units(model)
+    step = WHOLE_UNIT_STEP if short else 1.0
+    rates = {id(p): group["lr"] / step for group in groups for p in group["params"]}
+    for router in routers_of(model).values():
+        weight, bias = input_weight(router), scalar_bias(router)
+        for parameter in router.parameters():
+            usual = 0.1 if parameter is bias else 1e-2 / 4 if parameter is weight else 1e-2
+            assert rates.pop(id(parameter)) == pytest.approx(usual)
+    assert not rates
+    # What the log shows is the rate of the arguments.
+    told = {round(group["lr"] * group["divided_by"], 9) for group in groups}
+    assert told <= {1e-2, 0.1}
 
 
 def test_a_trainer_starts_there(tmp_path: Path) -> None:
