@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mixture_tables
 import oracle_tables
+import pareto
 import quality_figure
 import quality_tables
 import recovery_tables
@@ -42,6 +43,8 @@ def main() -> int:
     for model in MODELS:
         figure = ROOT / f"docs/figures/quality-{model}.png"
         quality_figure.draw(RESULTS / f"quality-{model}.json", figure)
+        if pareto.files(model):
+            pareto.draw(model, ROOT / f"docs/figures/pareto-{model}.png")
     for path in _growth():
         growth_figure(read(path), ROOT / f"docs/figures/{path.stem}.png")
     for path in _routing():
@@ -75,6 +78,7 @@ def results() -> list[str]:
     for model in MODELS:
         paths = (RESULTS / f"quality-{model}.json", RESULTS / f"quality-lm-{model}.json")
         parts += [quality_tables.everything(path, "../") for path in paths if path.exists()]
+    parts += [pareto.table(model, "../") for model in MODELS if pareto.files(model)]
     parts += [speed_tables.growth(path, "../") for path in _growth()]
     choice = RESULTS / "paying.json"
     parts += [speed_tables.paying(choice, "../")] if choice.exists() else []

@@ -18,6 +18,7 @@ STYLES = {
     "all": ('token, kv="all"', "#0b5fa5", "o"),
     "kept_window": ('token, kv="kept", 20 keys of sink and window', "#b5541c", "s"),
     "kept": ('token, kv="kept"', "#7a4fa3", "D"),
+    "sequence": ("once a sequence", "#c2417c", "P"),
     "mlp_token": ("MLPs, token", "#0b5fa5", "o"),
     "cosine": ("static, cosine", "#5b7f2b", "v"),
     "greedy": ("static, greedy", "#8a8a8a", "^"),
@@ -50,8 +51,8 @@ def draw(
     FigureCanvasAgg(figure)
     places = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (text, measure, title) in zip(places, panels, strict=True):
-        for name, curves in _curves(document, text, measure).items():
-            _line(axes, name, curves)
+        for name, lines in curves(document, text, measure).items():
+            _line(axes, name, lines)
         axes.axhline(0, color="#1a1a1a", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         axes.set(xlim=(1.0, 0.6), ylim=(-0.12, MOST), title=title, xlabel="kept fraction")
         axes.grid(alpha=0.25)
@@ -63,7 +64,8 @@ def draw(
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def _curves(document: Any, text: str, measure: str) -> dict[str, list[quality_tables.Curve]]:
+def curves(document: Any, text: str, measure: str) -> dict[str, list[quality_tables.Curve]]:
+    """What the figure has of a text: who decides -> a curve for each seed."""
     base = document["dense"][text]
     newest = quality_tables.newest_of(document["runs"])
     found = {
@@ -81,15 +83,15 @@ def _curves(document: Any, text: str, measure: str) -> dict[str, list[quality_ta
     return found
 
 
-def _line(axes: Any, name: str, curves: list[quality_tables.Curve]) -> None:
+def _line(axes: Any, name: str, lines: list[quality_tables.Curve]) -> None:
     """Where all seeds reach."""
     label, colour, marker = STYLES[name]
-    rows = [(kept, [quality_tables.at(curve, kept) for curve in curves]) for kept in GRID]
+    rows = [(kept, [quality_tables.at(curve, kept) for curve in lines]) for kept in GRID]
     known = [(kept, [v for v in values if v is not None]) for kept, values in rows]
-    known = [(kept, values) for kept, values in known if len(values) == len(curves)]
+    known = [(kept, values) for kept, values in known if len(values) == len(lines)]
     kept = [k for k, _ in known]
     means = [sum(values) / len(values) for _, values in known]
     axes.plot(kept, means, color=colour, marker=marker, markevery=5, markersize=5, label=label)
-    if len(curves) > 1:
+    if len(lines) > 1:
         low, high = ([pick(values) for _, values in known] for pick in (min, max))
         axes.fill_between(kept, low, high, color=colour, alpha=0.18, linewidth=0)

@@ -163,6 +163,7 @@ def test_a_saving_is_a_share_of_what_could_be_saved() -> None:
     # Dense work 100, floor 40; the routed half of what is between.
     phase = _phase(seconds, Cost(70.0, 100.0, 0, 0), Cost(40.0, 100.0, 0, 0))
     assert phase["flops_share"] == 0.5
+    assert phase["flops_fraction"] == {"routed": 0.7, "floor": 0.4}
     assert phase["ideal_seconds"] == 7.0
     assert phase["realised_saving"]["routed"] == pytest.approx(2 / 3)
     assert phase["realised_saving"]["random"] == 1.0

@@ -386,6 +386,10 @@ def _phase(times: dict[str, Times], routed: Cost, floor: Cost) -> dict[str, Any]
     return {
         "seconds": {name: asdict(t) for name, t in times.items()},
         "flops_share": share,
+        "flops_fraction": {
+            "routed": routed.flops / max(routed.dense_flops, 1.0),
+            "floor": floor.flops / max(floor.dense_flops, 1.0),
+        },
         "ideal_seconds": ideal,
         "over_dense": {name: t.median / whole.median for name, t in times.items()},
         "realised_saving": {
