@@ -80,6 +80,8 @@ def results() -> list[str]:
         parts += [quality_tables.everything(path, "../") for path in paths if path.exists()]
     parts += [pareto.table(model, "../") for model in MODELS if pareto.files(model)]
     parts += [speed_tables.growth(path, "../") for path in _growth()]
+    halves = [RESULTS / f"fewer-tokens-{model}.json" for model in MODELS]
+    parts += [speed_tables.fewer_tokens(path, "../") for path in halves if path.exists()]
     choice = RESULTS / "paying.json"
     parts += [speed_tables.paying(choice, "../")] if choice.exists() else []
     for path in _routing():

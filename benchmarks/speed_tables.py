@@ -108,6 +108,27 @@ def paying(path: Path, root: str) -> str:
     return "\n".join(lines)
 
 
+def fewer_tokens(path: Path, root: str) -> str:
+    """What half of the tokens save of a unit's own time."""
+    document = read(path)
+    run, found = document["run"], document["found"]
+    lengths = sorted({one["tokens"] for one in found})
+    lines = [
+        f"**What half of the tokens can save, on {document['model']}** ({run['device']}, "
+        f"{run['dtype']}, {run['threads']} threads, medians of {run['repeats']} repeats; "
+        f"{link(path, root)}). The model's own units, called on half as many tokens: what that "
+        "saves, over what their FLOPs would:",
+        "",
+        "| unit | " + " | ".join(f"of {tokens:,}" for tokens in lengths) + " |",
+        "|---|" + "---|" * len(lengths),
+    ]
+    for unit in dict.fromkeys(one["unit"] for one in found):
+        saved = {o["tokens"]: o["possible_saving"] for o in found if o["unit"] == unit}
+        row = [f"{saved[tokens]:.2f}" for tokens in lengths]
+        lines.append(f"| `{unit}` | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def _grown(cell: dict[str, Any]) -> str:
     over = ", ".join(f"{cell[phase]['over_dense']['routed']:.2f}" for phase in PHASES)
     return f"{over} ({cell['kept_of_routed']:.2f})"
