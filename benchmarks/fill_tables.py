@@ -15,6 +15,7 @@ from pathlib import Path
 import mixture_tables
 import oracle_tables
 import pareto
+import peers_tables
 import quality_figure
 import quality_tables
 import recovery_tables
@@ -88,6 +89,8 @@ def results() -> list[str]:
         parts += routing_tables.routing(path, "../")
     recovery = [RESULTS / f"recovery-{model}.json" for model in MODELS]
     parts += [recovery_tables.recovery(path, "../") for path in recovery if path.exists()]
+    others = [RESULTS / f"peers-{model}.json" for model in MODELS]
+    parts += [peers_tables.trained(path, "../") for path in others if path.exists()]
     oracles = [RESULTS / f"sequence-oracle-{model}.json" for model in MODELS]
     parts += [oracle_tables.oracle(path, "../") for path in oracles if path.exists()]
     mixture = RESULTS / "mixture.json"  # whose figures mixture.py draws
