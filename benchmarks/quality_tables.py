@@ -26,10 +26,6 @@ NAMES = {
     "block_sequence": "`block_sequence`",
     "both": "`attn_token` and `mlp_token`, budget in FLOPs",
 }
-ON_TRIAL = ("sequence_early",)
-"""What stands in the table of all recipes only, as do runs whose sequence routers took shorter
-steps than others (`sequence_step`), which was tried and taken out again.
-"""
 UNITS = {"attention": "", "MLP": "-mlp", "block": "-block", "attention and MLP": "-both"}
 """What is routed, and the end of its result file's name."""
 UNITS_KEPT = (0.9, 0.75)
@@ -62,7 +58,7 @@ def newest_of(runs: list[Run]) -> dict[tuple[str, bool, bool], list[Run]]:
     found: dict[tuple[str, bool, bool], list[Run]] = {}
     for group in _groups(runs):
         tuning = group[0]["tuning"]
-        if group[0]["setting"] in ON_TRIAL or tuning.get("sequence_step", 1) != 1:
+        if tuning.get("sequence_step", 1) != 1:  # tried, and taken out again
             continue
         which = group[0]["setting"], bool(tuning.get("own_text")), "averaged" in tuning
         if which not in found or _seeds(group) >= _seeds(found[which]):
@@ -176,7 +172,7 @@ def deciders(document: Run, texts: list[str]) -> list[tuple[str, str, dict[str, 
     """Label, tuning, and a curve for each text: the last run of each setting, and the controls."""
     dense = document["dense"]
     found = []
-    for setting in (n for n in NAMES if n not in ("kept", "learned_static", *ON_TRIAL)):
+    for setting in (n for n in NAMES if n not in ("kept", "learned_static")):
         runs = [
             run
             for run in document["runs"]
