@@ -25,6 +25,8 @@ from places import shown
 from router_tuning.cli.records import device_name, versions, write_json
 from router_tuning.embedded import load_model
 from router_tuning.layer_cost import LayerCost, layer_costs
+from router_tuning.memory import blocks_kept
+from router_tuning.processor import cpu_instructions
 from router_tuning.units import decoder_layers, decoder_of
 
 TOKENS = (256, 512, 1024, 2048, 4096)
@@ -63,6 +65,7 @@ def main() -> None:
             "device": device_name(next(model.parameters()).device),
             "dtype": options.dtype,
             "threads": options.threads,
+            "instructions": cpu_instructions(),
             "repeats": options.repeats,
         },
     }
@@ -103,12 +106,13 @@ def _times(units: dict[str, Run], decoder: Any, repeats: int) -> dict[str, dict[
     weight, size = next(decoder.parameters()), decoder.config.hidden_size
     inputs = {n: torch.randn(1, n, size, dtype=weight.dtype, device=weight.device) for n in lengths}
     took: dict[str, dict[int, list[float]]] = {u: {n: [] for n in lengths} for u in units}
-    for _ in range(repeats + 1):
-        for unit, run in units.items():
-            for tokens in lengths:
-                start = _now()
-                run(inputs[tokens])
-                took[unit][tokens].append(_now() - start)
+    with blocks_kept():  # as `bench` does
+        for _ in range(repeats + 1):
+            for unit, run in units.items():
+                for tokens in lengths:
+                    start = _now()
+                    run(inputs[tokens])
+                    took[unit][tokens].append(_now() - start)
     return {u: {n: statistics.median(t[1:]) for n, t in of.items()} for u, of in took.items()}
 
 

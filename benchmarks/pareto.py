@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from places import RESULTS, link, read
 from quality_tables import Curve
+from speed_tables import instructions
 
 COSTS = {
     "FLOPs of a prompt": lambda cell, who: _flops(cell, who),
@@ -73,8 +74,9 @@ def table(model: str, root: str) -> str:
     lines = [
         f"**What a loss costs: {model}** (losses of {link(_quality(model), root)}; costs at "
         f"{cell['batch_size']} x {cell['prompt_tokens']} + {cell['new_tokens']}, {run['device']}, "
-        f"{run['dtype']}, {run['threads']} threads, {sources}). Each over the dense model's, at "
-        "exactly the kept fraction of the attentions; losses in nats a token over dense:",
+        f"{run['dtype']}, {run['threads']} threads{instructions(run)}, {sources}). "
+        "Each over the dense model's, at exactly the kept fraction of the attentions; losses in "
+        "nats a token over dense:",
         "",
         f"![{model}: loss against what it costs]({root}docs/figures/pareto-{model}.png)",
         "",

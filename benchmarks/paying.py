@@ -36,6 +36,7 @@ from router_tuning import (
 from router_tuning.cli.adapters import load_base
 from router_tuning.cli.records import device_name, versions, write_json
 from router_tuning.memory import blocks_kept
+from router_tuning.processor import cpu_instructions
 from router_tuning.units import cache_argument, decoder_of, last_columns
 
 WAYS = ("dense", "skipping", "chosen")
@@ -73,6 +74,7 @@ def main() -> None:
             "device": device_name(next(model.parameters()).device),
             "dtype": options.dtype,
             "threads": options.threads,
+            "instructions": cpu_instructions(),
             "repeats": options.repeats,
         },
     }

@@ -53,7 +53,7 @@ def speed(model: str, root: str) -> str:
     ]
     for path in paths:
         document = read(path)
-        name = link(path, root, _adapter(document["adapter"]))
+        name = link(path, root, _adapter(document["adapter"])) + instructions(document["run"])
         lines += [f"| {name} | {_cells(cell)} |" for cell in document["cells"]]
     return "\n".join(lines)
 
@@ -67,9 +67,9 @@ def growth(path: Path, root: str) -> str:
     found = {(c["batch_size"], c["prompt_tokens"], c["budget"]): c for c in cells}
     lines = [
         f"**Growth of {document['model']}, {_adapter(document['adapter'])}** ({run['device']}, "
-        f"{run['dtype']}, {run['threads']} threads; {link(path, root)}). Time over dense in the "
-        "same run, of the prefill and of a decoded token; in brackets the part of the tokens that "
-        "the routers kept:",
+        f"{run['dtype']}, {run['threads']} threads{instructions(run)}; {link(path, root)}). Time "
+        "over dense in the same run, of the prefill and of a decoded token; in brackets the part "
+        "of the tokens that the routers kept:",
         "",
         f"![time over dense against the prompt's length]({root}docs/figures/{path.stem}.png)",
         "",
@@ -115,9 +115,9 @@ def fewer_tokens(path: Path, root: str) -> str:
     lengths = sorted({one["tokens"] for one in found})
     lines = [
         f"**What half of the tokens can save, on {document['model']}** ({run['device']}, "
-        f"{run['dtype']}, {run['threads']} threads, medians of {run['repeats']} repeats; "
-        f"{link(path, root)}). The model's own units, called on half as many tokens: what that "
-        "saves, over what their FLOPs would:",
+        f"{run['dtype']}, {run['threads']} threads{instructions(run)}, medians of "
+        f"{run['repeats']} repeats; {link(path, root)}). The model's own units, called on half as "
+        "many tokens: what that saves, over what their FLOPs would:",
         "",
         "| unit | " + " | ".join(f"of {tokens:,}" for tokens in lengths) + " |",
         "|---|" + "---|" * len(lengths),
@@ -164,8 +164,8 @@ def training_step(path: Path, root: str) -> str:
     run = document["run"]
     lines = [
         f"**A training step of {run['model']}** (batch {run['batch_size']} x {run['length']}, "
-        f"{run['device']}, {run['dtype']}, {run['threads']} threads; {link(path, root)}), over "
-        "full fine-tuning:",
+        f"{run['device']}, {run['dtype']}, {run['threads']} threads{instructions(run)}; "
+        f"{link(path, root)}), over full fine-tuning:",
         "",
         "| what trains | time | peak memory | tokens/s | trained numbers |",
         "|---|---|---|---|---|",
@@ -219,6 +219,11 @@ def _cells(cell: dict[str, Any]) -> str:
         f"{cache['routed'] / cache['dense']:.2f}",
     ]
     return " | ".join(cells)
+
+
+def instructions(run: dict[str, Any]) -> str:
+    """A CPU that is not like that of other results; older ones do not tell."""
+    return f", {run['instructions']}" if run.get("instructions") else ""
 
 
 def _adapter(adapter: dict[str, Any]) -> str:

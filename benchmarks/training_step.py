@@ -32,6 +32,7 @@ from router_tuning.data import WindowDataset, load_examples, make_windows
 from router_tuning.embedded import load_model, load_tokenizer
 from router_tuning.execution.context import record, routers_of
 from router_tuning.memory import held_bytes, peak_bytes
+from router_tuning.processor import cpu_instructions
 from router_tuning.routers import input_weight, scalar_bias
 from router_tuning.training.trainer import RouterTrainer, RouterTrainingArguments
 from router_tuning.units import decoder_of
@@ -110,6 +111,7 @@ def _result(options: argparse.Namespace, took: dict[str, list[dict[str, Any]]]) 
             "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
             "dtype": options.dtype,
             "threads": options.threads,
+            "instructions": cpu_instructions(),
         },
     }
 

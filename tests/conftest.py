@@ -34,8 +34,8 @@ def skipping_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' texts are so short that attentions with kv="all" would always run whole. A module
     that is about that puts a fixture of this name in place of this one, which does nothing.
     """
-    monkeypatch.setattr(paying, "LEAST_SHARE", 0)
-    monkeypatch.setattr(paying, "LEAST_TOKENS", 0)
+    for name in ("LEAST_SHARE", "LEAST_TOKENS", "LEAST_SHARE_AMX", "LEAST_TOKENS_AMX"):
+        monkeypatch.setattr(paying, name, 0)
 
 
 @pytest.fixture(params=FAMILIES)

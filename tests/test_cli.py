@@ -227,6 +227,7 @@ def test_json_says_who_ran_what(home: Path, adapter: Path) -> None:
     assert found["device"] == "cpu"
     assert found["dtype"] == "float32"
     assert found["threads"] >= 1
+    assert found["instructions"].split(",")[0].isupper()
     assert found["data"] == {"tuned": str(home / "chat.jsonl")}
     assert found["options"]["steps"] == 4
 

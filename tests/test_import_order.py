@@ -20,7 +20,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # Low to high. A part (module or subpackage) may import its own tier and the tiers before it.
 TIERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "config"}),
+    frozenset({"errors", "config", "processor"}),
     frozenset({"units", "routers", "decide", "embedded", "identity"}),
     frozenset({"record"}),
     frozenset({"execution", "cost", "expected", "layer_cost", "prices", "weight_bytes", "memory"}),

@@ -134,3 +134,14 @@ def test_few_skipped_tokens_run_whole_and_many_do_not(kept: float, length: int) 
 def test_nothing_else_runs_whole(case: Case) -> None:
     trace = run(routed_model(case), batch()).trace
     assert all(unit.whole_BT is None for unit in trace.forwards[0].units.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("amx", [True, False])
+def test_fast_products_in_bfloat16_ask_for_more_skipping(
+    amx: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paying, "has_amx", lambda: amx)
+    share, tokens = paying._least(torch.zeros(1, 1, 1, dtype=dtype))
+    fast = amx and dtype == torch.bfloat16
+    assert (share > paying.LEAST_SHARE) == (tokens > paying.LEAST_TOKENS) == fast

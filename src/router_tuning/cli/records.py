@@ -19,6 +19,7 @@ import typer
 
 import router_tuning
 from router_tuning.errors import RouterTuningError
+from router_tuning.processor import cpu_instructions
 
 PACKAGES = ("torch", "transformers", "peft")
 PROGRAM = "router-tuning"
@@ -60,6 +61,7 @@ def run_record(
         "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
+        "instructions": cpu_instructions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),
         "peak_rss_mb": peak_rss_mb(),

@@ -67,16 +67,17 @@ class UnitCall:
         """A call on the same tokens under another mask, writing no cache."""
         return self.over(None, {**self.kwargs, MASK: mask})
 
-    def at(self, row_RL: Tensor, token_RL: Tensor, mask: Any, cache: Any) -> UnitCall:
-        """A call on some tokens only: (R, L) places, of which all rows have equally many.
+    def at(self, pick: Callable[[Tensor], Tensor], mask: Any, cache: Any) -> UnitCall:
+        """A call on some tokens only: `pick` takes their part of a tensor, (B or 1, T, ...) ->
+        (R, L, ...).
 
-        Whatever has the shape (B or 1, T, ...) is taken to belong to the tokens.
+        Whatever has such a shape is taken to belong to the tokens.
 
         Raises:
             UnsupportedCallError: an argument of another shape, of which no part can be given.
         """
         taken = {
-            name: _at(value, row_RL, token_RL, self.x_BTD.shape)
+            name: _at(value, pick, self.x_BTD.shape)
             for name, value in self.kwargs.items()
             if name != MASK
         }
@@ -94,7 +95,7 @@ class UnitCall:
         return forward(x_BTD, **rest)
 
 
-def _at(value: Any, row_RL: Tensor, token_RL: Tensor, shape: torch.Size) -> Any:
+def _at(value: Any, pick: Callable[[Tensor], Tensor], shape: torch.Size) -> Any:
     """Some tokens of what has the shape (B or 1, T, ...), also within tuples; anything else is for
     all tokens. `shape` is that of the hidden states.
 
@@ -102,7 +103,7 @@ def _at(value: Any, row_RL: Tensor, token_RL: Tensor, shape: torch.Size) -> Any:
     hold a call's tensors until Python looks for cycles.
     """
     if isinstance(value, (tuple, list)):
-        return type(value)(_at(part, row_RL, token_RL, shape) for part in value)
+        return type(value)(_at(part, pick, shape) for part in value)
     if not isinstance(value, Tensor) or value.ndim < 2:
         return value
     batch, length = shape[:2]
@@ -112,7 +113,7 @@ def _at(value: Any, row_RL: Tensor, token_RL: Tensor, shape: torch.Size) -> Any:
             f"{tuple(shape)}; it is not by tokens, so the unit cannot be run on its kept tokens "
             "alone: route another kind of unit"
         )
-    return value[row_RL if value.shape[0] == batch else row_RL * 0, token_RL]
+    return pick(value)
 
 
 @functools.cache

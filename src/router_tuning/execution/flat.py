@@ -99,8 +99,7 @@ class FlatRun:
         rows, tokens = self.kept.size
         if rows == 1 and len(self.kept) == tokens:
             return self.call.over(cache, {**self.call.kwargs, "attention_mask": None})
-        row_N, token_N = self.kept.there
-        return self.call.at(row_N[None], token_N[None], None, cache)
+        return self.call.at(self.kept.flat, None, cache)
 
     def _take(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         self.handed = key, value

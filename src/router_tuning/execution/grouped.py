@@ -117,10 +117,14 @@ class _Group:
 
     def output(self, dense_forward: Callable[..., Any]) -> Tensor:
         """(R, L, D)."""
-        row_RL = self.row_R[:, None].expand_as(self.token_RL)
         cache = HandedCache(self.call.cache, self._attend_to)
-        part = self.call.at(row_RL, self.token_RL, self._mask(), cache)
+        part = self.call.at(self._pick, self._mask(), cache)
         return first_of(part.run(dense_forward))
+
+    def _pick(self, x_BT: Tensor) -> Tensor:
+        """(B or 1, T, ...) -> (R, L, ...)."""
+        row_RL = self.row_R[:, None].expand_as(self.token_RL)
+        return x_BT[row_RL if len(x_BT) == len(self.call.x_BTD) else row_RL * 0, self.token_RL]
 
     def made(self) -> tuple[Tensor, Tensor]:
         """The keys and values that the forward made: (R * L, H, D) each."""

@@ -82,9 +82,8 @@ def keys_of(
     """
     if not len(places):
         return None
-    row_N, token_N = places.there
     if context.family.parts:
-        x_ND = call.x_BTD[row_N, token_N]
+        x_ND = places.pick(call.x_BTD)
         norm = context.routing.input_norms[unit.layer_idx]
         if unit.kind == "block" and norm is not None:
             x_ND = getattr(context.layers[unit.layer_idx], norm)(x_ND)
@@ -97,7 +96,7 @@ def keys_of(
         raise _KeysTaken
 
     try:
-        call.at(row_N[None], token_N[None], None, HandedCache(call.cache, take)).run(dense_forward)
+        call.at(places.flat, None, HandedCache(call.cache, take)).run(dense_forward)
     except _KeysTaken:
         return MadeKeys(places, *taken)
     raise no_keys(attention, unit)

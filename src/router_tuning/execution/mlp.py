@@ -38,7 +38,7 @@ def routed_mlp(mlp: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not decided.num_kept:
         nothing_BTD = x_BTD.new_zeros(x_BTD.shape)
         return (nothing_BTD, None) if context.family.mlp_tuple else nothing_BTD
-    output = dense_forward(x_BTD[decided.kept.there][None])
+    output = dense_forward(decided.kept.flat(x_BTD))
     # Autocast changes the dtype.
     return _like(output, decided.kept.put(first_of(output)[0].to(x_BTD.dtype)))
 

@@ -5,26 +5,36 @@ under masks, and keys of kept and skipped tokens are made apart and put together
 are skipped, the dense call is faster; what it gives for skipped tokens is thrown away. Keys are
 made for all tokens either way, so nothing else changes.
 
-The only place where that is chosen. Measured on a CPU (Zen 4, two threads, bf16, SmolLM2-135M):
-at 256 tokens not even skipping half of them paid, at 512 and 1,024 skipping a little more than 0.3,
-at 2,048 skipping 0.2 or 0.3 (decision 0014; benchmarks/results/paying.json, whose times vary by
-some per cent). Single tokens are left out of it: there a dense call attends for all rows.
+The only place where that is chosen. Measured with SmolLM2-135M in bf16 by two threads, under random
+masks, whose times vary by some per cent (decision 0014):
+
+- A CPU without AMX (Zen 4; benchmarks/results/paying.json): at 256 tokens not even skipping half
+  of them paid, at 512 and 1,024 skipping a little more than 0.3, at 2,048 skipping 0.2 or 0.3.
+- A CPU with AMX (benchmarks/results/paying-amx.json): the dense call in bf16 takes a fraction of
+  that time, and masks and gathering do not. At 512 not even skipping 0.8 paid, at 1,024 and 2,048
+  skipping a little more than 0.6, at 4,096 half.
+
+Single tokens are left out of it: there a dense call attends for all rows.
 """
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from router_tuning.execution.call import Decided
 from router_tuning.execution.context import ForwardContext
+from router_tuning.processor import has_amx
 from router_tuning.units import Unit
 
-LEAST_SHARE = 0.25
+LEAST_SHARE, LEAST_SHARE_AMX = 0.25, 0.45
 """Of a row's tokens that have to be skipped, in long rows."""
-LEAST_TOKENS = 64
+LEAST_TOKENS, LEAST_TOKENS_AMX = 64, 256
 """That have to be skipped in a row beside those, for what blocks and gathering cost at any length.
 """
 
 
-def runs_whole(decided: Decided, unit: Unit, context: ForwardContext) -> bool:
+def runs_whole(decided: Decided, x_BTD: Tensor, unit: Unit, context: ForwardContext) -> bool:
     """Whether an attention is to run on all tokens of a forward, though some are skipped."""
     if context.config.kv != "all" or unit.kind != "attn" or not context.may_run_whole:
         return False
@@ -32,5 +42,12 @@ def runs_whole(decided: Decided, unit: Unit, context: ForwardContext) -> bool:
         return False
     rows, length = decided.keep_BT.shape
     skipped = rows * length - decided.num_kept  # padding too: a dense call computes it
-    least = rows * (LEAST_SHARE * length + LEAST_TOKENS)
+    share, tokens = _least(x_BTD)
+    least = rows * (share * length + tokens)
     return length > 1 and decided.num_kept > 0 and skipped < least
+
+
+def _least(x_BTD: Tensor) -> tuple[float, int]:
+    if x_BTD.device.type == "cpu" and x_BTD.dtype == torch.bfloat16 and has_amx():
+        return LEAST_SHARE_AMX, LEAST_TOKENS_AMX
+    return LEAST_SHARE, LEAST_TOKENS

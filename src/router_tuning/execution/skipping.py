@@ -38,7 +38,7 @@ def skipping_call(
     if (layer is None or layer.store is None) and decided.everything(context):
         decided.note(unit, context, context.real_BT)
         return first_of(call.run(dense_forward))
-    if runs_whole(decided, unit, context):
+    if runs_whole(decided, call.x_BTD, unit, context):
         decided.note(unit, context, context.real_BT, context.real_BT)
         output_BTD = first_of(call.run(dense_forward))
         return output_BTD.masked_fill(~decided.keep_BT[..., None], 0)
