@@ -20,8 +20,8 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # Low to high. A part (module or subpackage) may import its own tier and the tiers before it.
 TIERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "config", "processor"}),
-    frozenset({"units", "routers", "decide", "embedded", "identity"}),
+    frozenset({"errors", "config"}),
+    frozenset({"units", "routers", "decide", "embedded", "identity", "processor"}),
     frozenset({"record"}),
     frozenset({"execution", "cost", "expected", "layer_cost", "prices", "weight_bytes", "memory"}),
     frozenset({"attach"}),
