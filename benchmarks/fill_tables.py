@@ -83,8 +83,7 @@ def results() -> list[str]:
     parts += [speed_tables.growth(path, "../") for path in _growth()]
     halves = [RESULTS / f"fewer-tokens-{model}.json" for model in MODELS]
     parts += [speed_tables.fewer_tokens(path, "../") for path in halves if path.exists()]
-    choice = RESULTS / "paying.json"
-    parts += [speed_tables.paying(choice, "../")] if choice.exists() else []
+    parts += [speed_tables.paying(path, "../") for path in sorted(RESULTS.glob("paying*.json"))]
     for path in _routing():
         parts += routing_tables.routing(path, "../")
     recovery = [RESULTS / f"recovery-{model}.json" for model in MODELS]

@@ -53,13 +53,14 @@ def draw(model: str, path: Path) -> None:
                     label, colour, marker = quality_figure.STYLES[who]
                     style = {"color": colour, "marker": marker, "markevery": 5, "markersize": 5}
                     axes.plot(*zip(*points, strict=True), label=label, **style)
-            axes.set(xlim=(1.0, None), ylim=(-0.12, quality_figure.MOST))
+            axes.set_ylim(-0.12, quality_figure.MOST)
             axes.axhline(0, color="#1a1a1a", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(f"{title}:\nloss over dense (nats)")
     for axes, name in zip(panels[-1], COSTS, strict=True):
         axes.set_xlabel(f"{name}, of dense's")
+        axes.invert_xaxis()  # of the whole column: what costs less stands to the right
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})

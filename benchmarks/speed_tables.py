@@ -90,10 +90,10 @@ def paying(path: Path, root: str) -> str:
     cells = {(cell["tokens"], cell["kept"]): cell for cell in found}
     lines = [
         f'**Where skipping pays with `kv="all"`, on {document["model"]}** ({run["device"]}, '
-        f"{run['dtype']}, {run['threads']} threads, medians of {run['repeats']} repeats; "
-        f"{link(path, root)}). Time of a prefill over dense under random masks that keep so much: "
-        "skipping always, and as chosen; in brackets the part of the attentions that then ran "
-        "whole:",
+        f"{run['dtype']}, {run['threads']} threads{instructions(run)}, medians of "
+        f"{run['repeats']} repeats; {link(path, root)}). Time of a prefill over dense "
+        "under random masks that keep so much: skipping always, and as chosen; "
+        "in brackets the part of the attentions that then ran whole:",
         "",
         "| tokens | " + " | ".join(f"{kept:.1f}" for kept in shares) + " |",
         "|---|" + "---|" * len(shares),
