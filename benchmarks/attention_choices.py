@@ -9,20 +9,18 @@ Times ways to compute the same attention against each other, on one device, and 
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from places import shown
+from runs import run_record
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from router_tuning.cli.records import device_name, versions, write_json
+from router_tuning.cli.records import write_json
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 """Of SmolLM2-135M."""
@@ -55,15 +53,7 @@ def main() -> None:
         "key_heads": KEY_HEADS,
         "width": WIDTH,
         "found": found,
-        "run": {
-            "command": shlex.join(["python", *map(shown, sys.argv)]),
-            "seeds": [0],
-            "versions": versions(),
-            "device": device_name(made["device"]),
-            "dtype": options.dtype,
-            "threads": options.threads,
-            "repeats": options.repeats,
-        },
+        "run": run_record(options, made["device"], [0]),
     }
     write_json(Path(options.json), result)
 

@@ -11,22 +11,19 @@ of the FLOPs would be; `bench` calls the same of a whole routed model its realis
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from places import shown
+from runs import run_record
 
-from router_tuning.cli.records import device_name, versions, write_json
+from router_tuning.cli.records import write_json
 from router_tuning.embedded import load_model
 from router_tuning.layer_cost import LayerCost, layer_costs
 from router_tuning.memory import blocks_kept
-from router_tuning.processor import cpu_instructions
 from router_tuning.units import decoder_layers, decoder_of
 
 TOKENS = (256, 512, 1024, 2048, 4096)
@@ -58,16 +55,7 @@ def main() -> None:
     result = {
         "model": options.model,
         "found": found,
-        "run": {
-            "command": shlex.join(["python", *map(shown, sys.argv)]),
-            "seeds": [0],
-            "versions": versions(),
-            "device": device_name(next(model.parameters()).device),
-            "dtype": options.dtype,
-            "threads": options.threads,
-            "instructions": cpu_instructions(),
-            "repeats": options.repeats,
-        },
+        "run": run_record(options, next(model.parameters()).device, [0]),
     }
     write_json(Path(options.json), result)
 

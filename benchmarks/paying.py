@@ -10,17 +10,15 @@ say from which part of skipped tokens on leaving queries out is faster, and what
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from places import shown
 from rich.progress import track
+from runs import run_record
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -34,9 +32,8 @@ from router_tuning import (
     routing_of,
 )
 from router_tuning.cli.adapters import load_base
-from router_tuning.cli.records import device_name, versions, write_json
+from router_tuning.cli.records import write_json
 from router_tuning.memory import blocks_kept
-from router_tuning.processor import cpu_instructions
 from router_tuning.units import cache_argument, decoder_of, last_columns
 
 WAYS = ("dense", "skipping", "chosen")
@@ -67,16 +64,7 @@ def main() -> None:
     result = {
         "model": options.model,
         "found": found,
-        "run": {
-            "command": shlex.join(["python", *map(shown, sys.argv)]),
-            "seeds": [options.seed],
-            "versions": versions(),
-            "device": device_name(next(model.parameters()).device),
-            "dtype": options.dtype,
-            "threads": options.threads,
-            "instructions": cpu_instructions(),
-            "repeats": options.repeats,
-        },
+        "run": run_record(options, next(model.parameters()).device, [options.seed]),
     }
     write_json(Path(options.json), result)
 

@@ -138,10 +138,15 @@ def test_nothing_else_runs_whole(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("amx", [True, False])
-def test_fast_products_in_bfloat16_ask_for_more_skipping(
+def test_fast_products_in_bfloat16_run_whole_for_longer(
     amx: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paying, "has_amx", lambda: amx)
-    share, tokens = paying._least(torch.zeros(1, 1, 1, dtype=dtype))
-    fast = amx and dtype == torch.bfloat16
-    assert (share > paying.LEAST_SHARE) == (tokens > paying.LEAST_TOKENS) == fast
+    model, ids = routed_model(ALL).to(dtype), token_ids(1, 1000)
+    half = torch.arange(1000)[None] % 2 == 0
+    decisions = {unit.name: half for unit in routing_of(model).units}
+    with torch.no_grad(), replay(model, decisions), record(model) as trace:
+        model(ids)
+    wanted = amx and dtype == torch.bfloat16
+    for unit in trace.forwards[0].units.values():
+        assert (unit.whole_BT is not None) == wanted

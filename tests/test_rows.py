@@ -148,3 +148,28 @@ def test_pads_in_the_middle_are_no_part_of_a_stretch() -> None:
     keys = RowKeys(key, value, column_K)
     output = attend(KERNELS["sdpa"](), query, column_L, keys, Reach(0, None))
     assert (output - plainly(query, keys, seen_LK)).abs().max() < 1e-5
+
+
+def test_one_query_reads_past_hidden_keys_without_a_copy_of_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, length, 8, generator=generator)
+        for heads, length in ((4, 1), (2, 12), (2, 12))
+    )
+    lasting_K = torch.arange(12) % 4 != 1  # the others lie behind the window
+    keys = RowKeys(key, value, torch.arange(12), lasting_K)
+    seen: list[int] = []
+
+    class Watched(Kernel):
+        def __call__(
+            self, query: Tensor, key: Tensor, value: Tensor, mask_LK: Tensor | None
+        ) -> Tensor:
+            seen.append(key.untyped_storage().data_ptr())
+            return super().__call__(query, key, value, mask_LK)
+
+    reach = Reach(window=1, sliding=None)
+    kernel = Watched(None, None, {"scaling": 8**-0.5})
+    found = attend(kernel, query, torch.tensor([11]), keys, reach)
+    assert seen == [key.untyped_storage().data_ptr()]
+    some = RowKeys(key[:, :, lasting_K], value[:, :, lasting_K])
+    torch.testing.assert_close(found, attend(kernel, query, torch.tensor([11]), some, reach))

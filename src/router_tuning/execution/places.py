@@ -64,7 +64,7 @@ class Places:
     def pick(self, x_BT: Tensor) -> Tensor:
         """(B, T, ...) -> (N, ...); a first dimension of 1 stands for all rows.
 
-        One index into rows of memory: on a CPU two indices take three times as long.
+        One index into rows of memory: on a CPU two indices take longer.
         """
         index_N = self._index_N if x_BT.shape[0] == self.size[0] else self.there[1]
         return x_BT.flatten(0, 1).index_select(0, index_N)
