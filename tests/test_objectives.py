@@ -48,14 +48,18 @@ def test_distill_loss_is_the_mean_kl_with_its_gradient(causal: nn.Module) -> Non
 
 
 def test_the_texts_own_cross_entropy_can_be_added(causal: nn.Module) -> None:
-    head, teacher, student = head_of(causal), hidden(1), hidden(0)
+    head, teacher = head_of(causal), hidden(1)
+    student, plain = (hidden(0).requires_grad_() for _ in range(2))
     targets = token_ids(1, 16)[0].clone()
     targets[5] = -100  # a position that predicts nothing
     both = distill_loss(student, teacher, head, target_N=targets, lm_weight=0.3, chunk_bytes=CHUNK)
     known = targets != -100
-    entropy = nn.functional.cross_entropy(head(student[known]), targets[known], reduction="sum")
-    expected = distill_loss(student, teacher, head) + 0.3 * entropy / 16
+    entropy = nn.functional.cross_entropy(head(plain[known]), targets[known], reduction="sum")
+    expected = distill_loss(plain, teacher, head) + 0.3 * entropy / 16
+    both.backward()
+    expected.backward()
     torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(student.grad, plain.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_student_like_its_teacher_has_no_loss(causal: nn.Module) -> None:

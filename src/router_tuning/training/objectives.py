@@ -126,18 +126,16 @@ def distill_loss(
 
     def kl(hidden_nD: Tensor, start: int) -> Tensor:
         some = slice(start, start + len(hidden_nD))
+        target_n = None if target_N is None else target_N[some]
         with torch.no_grad():
-            teacher_nV = head(teacher_ND[some]).float().log_softmax(-1)
-        student_nV = head(hidden_nD).float().log_softmax(-1)
-        loss = functional.kl_div(student_nV, teacher_nV, reduction="sum", log_target=True)
-        if target_N is None:
-            return loss
-        target_n = target_N[some]
-        if predictions is not None:
-            predictions.add(student_nV, target_n)
-        if not lm_weight:
-            return loss
-        return loss + lm_weight * functional.nll_loss(student_nV, target_n, reduction="sum")
+            teacher_nV = head(teacher_ND[some])
+        student_nV = head(hidden_nD)
+        if predictions is not None and target_n is not None:
+            predictions.add(student_nV.float(), target_n)
+        loss: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
+            student_nV, teacher_nV, target_n if lm_weight else None, lm_weight
+        )
+        return loss
 
     return _sum_over_chunks(student_ND, kl, head, chunk_bytes) / max(len(student_ND), 1)
 
@@ -206,6 +204,36 @@ def _sum_over_chunks(
     rows = max(chunk_bytes // (4 * vocabulary), 1)
     total: Tensor = _ChunkedSum.apply(hidden_ND, chunk_loss, rows)  # type: ignore[no-untyped-call]
     return total
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(teacher || student) of logits (n, V), and `lm_weight` times the cross entropy to the
+    targets, summed. Its derivative by the student's logits is what is predicted less what should
+    be: worked out here in place, since autograd goes over (n, V) many times more for it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_nV: Tensor, teacher_nV: Tensor, target_n: Tensor | None, lm_weight: float
+    ) -> Tensor:
+        predicted_nV = student_nV.float().log_softmax(-1)
+        teacher_nV = teacher_nV.float().log_softmax(-1)
+        wanted_nV = teacher_nV.exp()
+        total = teacher_nV.sub_(predicted_nV).mul_(wanted_nV).sum()
+        if target_n is not None:
+            total += lm_weight * functional.nll_loss(predicted_nV, target_n, reduction="sum")
+        if ctx.needs_input_grad[0]:
+            grad_nV = predicted_nV.exp_()
+            if target_n is not None:
+                labelled_n = target_n != IGNORED
+                grad_nV *= 1 + lm_weight * labelled_n.unsqueeze(-1)
+                grad_nV[labelled_n, target_n[labelled_n]] -= lm_weight
+            ctx.grad_nV = grad_nV.sub_(wanted_nV).to(student_nV.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.grad_nV * grad_outputs[0], None, None, None
 
 
 class _ChunkedSum(torch.autograd.Function):
