@@ -101,12 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.resume:
         path.unlink(missing_ok=True)
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    bench = _prepare(options)
+    bench = prepare(options)
     document = begin(path, bench)
     done = [_identity(run) for run in document["runs"]]
     for seed in options.seeds:
         for setting in options.settings:
-            wanted = {"setting": setting, "seed": seed, "tuning": _tuning(options, setting)}
+            wanted = {"setting": setting, "seed": seed, "tuning": tuning_of(options, setting)}
             if _identity(wanted) not in done:
                 run = _run(bench, setting, seed)
                 update(path, lambda document, run=run: document["runs"].append(run))
@@ -231,7 +231,7 @@ def numbers(kind: type) -> Any:
     return lambda text: [kind(part) for part in text.split(",") if part]
 
 
-def _prepare(options: argparse.Namespace) -> Bench:
+def prepare(options: argparse.Namespace) -> Bench:
     """Windows to train on, to calibrate and choose on, and to report on: never the same text."""
     measured = load_model(options.model, dtype=torch.float32).requires_grad_(False)
     trained = measured
@@ -307,20 +307,20 @@ def _run(bench: Bench, setting: str, seed: int) -> dict[str, Any]:
     started = time.time()
     options, config = bench.options, SETTINGS[setting]
     tuned = get_peft_model(bench.trained, RouterTuningConfig(budget=options.budget, **config))
-    log = _train(bench, tuned, seed)
+    log = train(bench, tuned, seed)
     trained = time.time()
     routed = _in_float32(bench, tuned, config)
     run = {
         "setting": setting,
         "config": config,
         "seed": seed,
-        "tuning": _tuning(options, setting),
+        "tuning": tuning_of(options, setting),
         "tuning_seconds": round(trained - started, 1),
         "threads": torch.get_num_threads(),
         "trainable": sum(p.numel() for p in routed.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in bench.measured.parameters()),
         "log": log,
-        "routed": _swept(bench, routed),
+        "routed": swept(bench, routed),
         "peak_rss_mb": peak_rss_mb(),
     }
     if options.save:
@@ -331,9 +331,9 @@ def _run(bench: Bench, setting: str, seed: int) -> dict[str, Any]:
     return run
 
 
-def _swept(bench: Bench, routed: Any) -> dict[str, list[dict[str, Any]]]:
+def swept(bench: Bench, routed: Any) -> dict[str, list[dict[str, Any]]]:
     """What an adapter loses on each text, at each budget."""
-    _set_thresholds(routed, bench.held_back, bench.options.budgets)
+    set_thresholds(routed, bench.held_back, bench.options.budgets)
     return {
         name: [_row(routed, windows, budget) for budget in bench.options.budgets]
         for name, windows in bench.report.items()
@@ -344,7 +344,7 @@ def _widened(bench: Bench, setting: str, seed: int) -> dict[str, list[dict[str, 
     """The same of an adapter that was tuned and saved before."""
     folder = Path(bench.options.save) / f"{setting}-{seed}"
     routed = PeftModel.from_pretrained(bench.measured, folder)
-    rows = _swept(bench, routed)
+    rows = swept(bench, routed)
     routed.unload()
     say(f"{setting} seed {seed}", rows)
     return rows
@@ -353,14 +353,14 @@ def _widened(bench: Bench, setting: str, seed: int) -> dict[str, list[dict[str, 
 def _mean_run(bench: Bench, setting: str) -> dict[str, Any]:
     """Who the mean of a setting's adapters is: its seed are theirs."""
     seeds = bench.options.seeds
-    tuning = {**_tuning(bench.options, setting), "averaged": len(seeds)}
+    tuning = {**tuning_of(bench.options, setting), "averaged": len(seeds)}
     return {"setting": setting, "config": SETTINGS[setting], "seed": seeds, "tuning": tuning}
 
 
 def _mean_swept(bench: Bench, setting: str) -> dict[str, list[dict[str, Any]]]:
     folders = [Path(bench.options.save) / f"{setting}-{seed}" for seed in bench.options.seeds]
     routed = average_adapters(folders, bench.measured).eval()
-    rows = _swept(bench, routed)
+    rows = swept(bench, routed)
     routed.unload()
     say(f"{setting} mean", rows)
     return rows
@@ -372,7 +372,7 @@ def _add_rows(document: dict[str, Any], at: int, rows: dict[str, list[dict[str, 
         swept.extend(row for row in rows[name] if row["kept_fraction"] not in known)
 
 
-def _tuning(options: argparse.Namespace, setting: str) -> dict[str, Any]:
+def tuning_of(options: argparse.Namespace, setting: str) -> dict[str, Any]:
     """What decides a tuning, beside its setting and its seed."""
     whole = "sequence" in setting or setting == "learned_static"
     return {
@@ -394,7 +394,10 @@ def _tuning(options: argparse.Namespace, setting: str) -> dict[str, Any]:
     }
 
 
-def _train(bench: Bench, routed: Any, seed: int) -> dict[str, list[float]]:
+def train(
+    bench: Bench, routed: Any, seed: int, trainer_class: type[TaughtFromMemory] | None = None
+) -> dict[str, list[float]]:
+    """Tune the routers; what was logged."""
     options = bench.options
     with tempfile.TemporaryDirectory() as folder:
         arguments = RouterTrainingArguments(
@@ -410,7 +413,7 @@ def _train(bench: Bench, routed: Any, seed: int) -> dict[str, list[float]]:
         # A seed sets which rows the warm start looks at, too: the first.
         order = torch.randperm(len(bench.train), generator=torch.Generator().manual_seed(seed))
         rows = WindowDataset(bench.train.take(order))
-        trainer = _TaughtFromMemory(routed, arguments, train_dataset=rows)
+        trainer = (trainer_class or TaughtFromMemory)(routed, arguments, train_dataset=rows)
         trainer.known = bench.teacher
         trainer.train()
     entries = [entry for entry in trainer.state.log_history if "kept" in entry]
@@ -433,7 +436,7 @@ def _in_float32(bench: Bench, tuned: Any, config: dict[str, Any]) -> Any:
     return routed
 
 
-def _set_thresholds(routed: Any, windows: Windows, budgets: list[float]) -> None:
+def set_thresholds(routed: Any, windows: Windows, budgets: list[float]) -> None:
     """Spread thresholds over the logits of held-back text. What is kept is measured on the report,
     where losses are interpolated, so budgets need not be met as after a calibration.
     """
@@ -454,7 +457,7 @@ def _set_thresholds(routed: Any, windows: Windows, budgets: list[float]) -> None
     ]
 
 
-class _TaughtFromMemory(RouterTrainer):
+class TaughtFromMemory(RouterTrainer):
     """Every run distils the same frozen model on the same windows: it has passed over them once."""
 
     known: dict[bytes, torch.Tensor]
