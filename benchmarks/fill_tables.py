@@ -20,7 +20,9 @@ import quality_figure
 import quality_tables
 import recovery_tables
 import routing_tables
+import screen_tables
 import speed_tables
+import task_tables
 from places import RESULTS, ROOT, read
 
 from router_tuning.report.figures import growth_figure
@@ -79,6 +81,9 @@ def results() -> list[str]:
     for model in MODELS:
         paths = (RESULTS / f"quality-{model}.json", RESULTS / f"quality-lm-{model}.json")
         parts += [quality_tables.everything(path, "../") for path in paths if path.exists()]
+    screens = [RESULTS / f"screen-{model}.json" for model in MODELS]
+    parts += [screen_tables.screened(path, "../") for path in screens if path.exists()]
+    parts += [task_tables.tasks(path, "../") for path in sorted(RESULTS.glob("tasks-*.json"))]
     parts += [pareto.table(model, "../") for model in MODELS if pareto.files(model)]
     parts += [speed_tables.growth(path, "../") for path in _growth()]
     halves = [RESULTS / f"fewer-tokens-{model}.json" for model in MODELS]
