@@ -17,7 +17,8 @@ def test_tasks_stand_beside_dense_and_controls(tmp_path: Path) -> None:
     dense = {"rows": 40, "accuracy": 0.6, "stderr": 0.08, "chance": 0.25}
     ran = {"budget": 0.75, "kept_fraction": 0.741}
     choice: dict[str, Any] = {
-        **{**dense, "accuracy": 0.55},
+        **dense,
+        "accuracy": 0.55,
         **ran,
         "share_above_chance": 0.857,
         "gold_difference": interval(-0.2),
