@@ -12,7 +12,7 @@ Shapes: B batch, H key/value heads, S slots, N tokens written, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from transformers.cache_utils import (
 from router_tuning.decide import PrefixSums
 from router_tuning.errors import UnsupportedCallError
 
-# Tokens that a cache with kv_window can be cropped by: the ring keeps this many expired keys.
+# Tokens that a cache with kv_window can be cropped by: so many keys stay that have left the window.
 CROP_SLACK = 64
 GROWTH = 64
 
@@ -40,28 +40,28 @@ FIXED = (StaticLayer, StaticSlidingWindowLayer)  # have a place for every token,
 class KeptKeys:
     """Keys and values of the kept tokens of each row; rows may hold different numbers.
 
-    Slots 0 ... ring-1 are a ring of the latest skipped tokens (kv_window > 0 only): the token of
-    column c lies in slot c % ring, so a key that has left the window is overwritten and never
-    copied away. Kept and sink tokens are appended from slot `ring` on. What lies where is noted on
-    the host.
+    Kept and sink tokens last: they are appended from slot `passing` on. The slots before it (with
+    kv_window > 0 only) hold the latest skipped tokens, the last of them in slot passing-1, so that
+    a query that sees some of these and all lasting keys reads one stretch. What lies where is noted
+    on the host.
     """
 
     def __init__(self, batch: int, window: int, sliding: int | None) -> None:
         self.window = window
-        self.ring = window + CROP_SLACK if window else 0
+        self.passing = window + CROP_SLACK if window else 0
         self.sliding = sliding
         self.seen = 0
-        self.furthest = 0  # most columns seen; the ring holds the latest before this one
+        self.furthest = 0  # most columns seen; of the latest before this one all skipped are here
         self.forgotten = 0  # columns below this were dropped by a sliding layer
         self.lengths = [0] * batch
         self.keys: Tensor | None = None  # (B, H, S, D), once the first token is written
         self.values: Tensor | None = None
-        self.columns_BS = torch.full((batch, self.ring), -1)
+        self.columns_BS = torch.full((batch, self.passing), -1)
 
     @property
     def used(self) -> int:
         """Slots in use by the longest row."""
-        return self.ring + max(self.lengths, default=0)
+        return self.passing + max(self.lengths, default=0)
 
     def view(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Keys (B, H, S, D), values and columns (B, S) in use; column -1 marks an empty slot. None
@@ -73,8 +73,21 @@ class KeptKeys:
         return self.keys[:, :, :used], self.values[:, :, :used], self.columns_BS[:, :used]
 
     def lasting_S(self) -> Tensor:
-        """True at slots whose key stays visible, False in the ring."""
-        return torch.arange(self.used) >= self.ring
+        """True at slots whose key stays visible, False before them."""
+        return torch.arange(self.used) >= self.passing
+
+    def latest(self, row: int) -> slice:
+        """The slots that the latest token of a row sees: all lasting ones, and as many before them
+        as were skipped in its window.
+        """
+        end = self.passing + self.lengths[row]
+        if not self.window:
+            return slice(0, end)
+        oldest = max(self.seen - self.window, 0)
+        number = int(
+            (self.columns_BS[row, self.passing - self.window : self.passing] >= oldest).sum()
+        )
+        return slice(self.passing - number, end)
 
     def append(
         self,
@@ -89,60 +102,49 @@ class KeptKeys:
         """
         if self.keys is None:
             self.keys, self.values = (
-                x_NHD.new_zeros((len(self.lengths), x_NHD.shape[1], self.ring, x_NHD.shape[2]))
+                x_NHD.new_zeros((len(self.lengths), x_NHD.shape[1], self.passing, x_NHD.shape[2]))
                 for x_NHD in (key_NHD, value_NHD)
             )
-        if self.ring:
-            self._append_to_ring(row_N, column_N, lasting_N, key_NHD, value_NHD)
-            row_N, column_N = row_N[lasting_N], column_N[lasting_N]
-            there_N = lasting_N.to(key_NHD.device)
-            key_NHD, value_NHD = key_NHD[there_N], value_NHD[there_N]
-        counts = torch.bincount(row_N, minlength=len(self.lengths)).tolist()
+        written = (row_N, column_N, key_NHD, value_NHD)
+        if not bool(lasting_N.all()):  # with a window
+            self._pass(*_those(~lasting_N, *written))
+            written = _those(lasting_N, *written)
+        row_N, *written = written
+        counts = self._by_row(row_N)
         self._make_room(counts)
-        begin = 0
-        # A row's new tokens lie side by side, here and there: a loop over rows, on views.
-        for row, number in enumerate(counts):
-            if number:
-                first = self.ring + self.lengths[row]
-                self._put(
-                    row,
-                    slice(first, first + number),
-                    slice(begin, begin + number),
-                    column_N,
-                    key_NHD,
-                    value_NHD,
-                )
-                self.lengths[row] += number
-                begin += number
+        for row, some in _stretches(counts):
+            first = self.passing + self.lengths[row]
+            number = some.stop - some.start
+            self._put(row, slice(first, first + number), *(x[some] for x in written))
+            self.lengths[row] += number
 
-    def _append_to_ring(
-        self,
-        row_N: Tensor,
-        column_N: Tensor,
-        lasting_N: Tensor,
-        key_NHD: Tensor,
-        value_NHD: Tensor,
-    ) -> None:
-        if not column_N.numel():
-            return
-        # Of a long chunk only the last `ring` columns find a slot of their own.
-        recent_N = ~lasting_N & (column_N > column_N.max() - self.ring)
-        row, slot = row_N[recent_N], column_N[recent_N] % self.ring
-        there_N = recent_N.to(key_NHD.device)
+    def _pass(self, row_N: Tensor, column_N: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
+        """Put skipped tokens behind those before them, which move up: few keys, and an attention
+        that need not be told which slots it sees.
+        """
         assert self.keys is not None
         assert self.values is not None
-        self.keys[row, :, slot] = key_NHD[there_N].to(self.keys.dtype)
-        self.values[row, :, slot] = value_NHD[there_N].to(self.values.dtype)
-        self.columns_BS[row, slot] = column_N[recent_N]
+        end = self.passing
+        for row, some in _stretches(self._by_row(row_N)):
+            some = slice(max(some.start, some.stop - end), some.stop)
+            number = some.stop - some.start
+            for slots in (self.keys[row], self.values[row], self.columns_BS[row][None, :, None]):
+                slots[:, : end - number] = slots[:, number:end].clone()
+            self._put(row, slice(end - number, end), column_N[some], key_NHD[some], value_NHD[some])
 
-    def _put(
-        self, row: int, slots: slice, tokens: slice, column_N: Tensor, key: Tensor, value: Tensor
-    ) -> None:
+    def _by_row(self, row_N: Tensor) -> list[int]:
+        """How many of some tokens each row has."""
+        if len(self.lengths) == 1:
+            return [len(row_N)]
+        counts: list[int] = torch.bincount(row_N, minlength=len(self.lengths)).tolist()
+        return counts
+
+    def _put(self, row: int, slots: slice, column_N: Tensor, key: Tensor, value: Tensor) -> None:
         assert self.keys is not None
         assert self.values is not None
-        self.keys[row, :, slots] = key[tokens].transpose(0, 1)
-        self.values[row, :, slots] = value[tokens].transpose(0, 1)
-        self.columns_BS[row, slots] = column_N[tokens]
+        self.keys[row, :, slots] = key.transpose(0, 1)
+        self.values[row, :, slots] = value.transpose(0, 1)
+        self.columns_BS[row, slots] = column_N
 
     def advance(self, tokens: int) -> None:
         """Note that `tokens` more columns have gone by, written or not."""
@@ -164,8 +166,8 @@ class KeptKeys:
         """Forget the columns from `length` on."""
         if length >= self.seen:
             return
-        overwritten = self.furthest > self.ring and self.furthest - length > CROP_SLACK
-        if self.ring and overwritten:
+        gone = self.furthest > self.passing and self.furthest - length > CROP_SLACK
+        if self.passing and gone:
             raise UnsupportedCallError(
                 f"a cache with kv_window={self.window} can be cropped to at most {CROP_SLACK} "
                 "tokens before its "
@@ -178,9 +180,23 @@ class KeptKeys:
                 "the sliding "
                 f"window of {self.sliding}; start a new cache"
             )
-        self.columns_BS[self.columns_BS >= length] = -1
-        self.lengths = (self.columns_BS[:, self.ring :] >= 0).sum(1).tolist()
+        cropped_BS = self.columns_BS >= length
+        for row, number in enumerate(cropped_BS[:, : self.passing].sum(1).tolist()):
+            if number:
+                self._take_back(row, number)
+        lasting_BS = self.columns_BS[:, self.passing :]
+        lasting_BS[cropped_BS[:, self.passing :]] = -1
+        self.lengths = (lasting_BS >= 0).sum(1).tolist()
         self.seen = length
+
+    def _take_back(self, row: int, number: int) -> None:
+        """Forget the latest skipped tokens of a row, and move those before them to their place."""
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.passing
+        for slots in (self.keys[row], self.values[row], self.columns_BS[row][None, :, None]):
+            slots[:, number:end] = slots[:, : end - number].clone()
+        self.columns_BS[row, :number] = -1
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Rearrange the rows: `pick` maps a tensor with a batch dimension to the new one."""
@@ -204,25 +220,40 @@ class KeptKeys:
 
     def _missing(self, counts: list[int]) -> int:
         needed = max(n + c for n, c in zip(self.lengths, counts, strict=True))
-        return self.ring + needed - self.columns_BS.shape[1]
+        return self.passing + needed - self.columns_BS.shape[1]
 
     def _drop_expired(self, first: int) -> None:
         """Give up the permanent slots of columns before `first` and close the rows up."""
-        stay_BS = self.columns_BS[:, self.ring :] >= first
+        stay_BS = self.columns_BS[:, self.passing :] >= first
         order_BS = (~stay_BS).to(torch.int8).sort(dim=1, stable=True).indices
         size = int(stay_BS.sum(1).max())
-        gather = self.ring + order_BS[:, :size]
+        gather = self.passing + order_BS[:, :size]
         rows = torch.arange(len(self.lengths))[:, None]
         for name in ("keys", "values"):
             old = getattr(self, name)
             kept = old[rows, :, gather].transpose(1, 2)
-            setattr(self, name, torch.cat([old[:, :, : self.ring], kept], dim=2))
+            setattr(self, name, torch.cat([old[:, :, : self.passing], kept], dim=2))
         columns = self.columns_BS[rows, gather].masked_fill(
             ~stay_BS.gather(1, order_BS[:, :size]), -1
         )
-        self.columns_BS = torch.cat([self.columns_BS[:, : self.ring], columns], dim=1)
+        self.columns_BS = torch.cat([self.columns_BS[:, : self.passing], columns], dim=1)
         self.lengths = stay_BS.sum(1).tolist()
         self.forgotten = max(self.forgotten, first)
+
+
+def _those(chosen_N: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Some of the tokens; `chosen_N` lies on the host, the parts where they like."""
+    index_N = chosen_N.nonzero()[:, 0]
+    return tuple(part.index_select(0, index_N.to(part.device)) for part in parts)
+
+
+def _stretches(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """The rows that have any of some tokens, and where theirs lie: side by side, here and there."""
+    begin = 0
+    for row, number in enumerate(counts):
+        if number:
+            yield row, slice(begin, begin + number)
+        begin += number
 
 
 def _pad_slots(x_BHSD: Tensor, grow: int) -> Tensor:

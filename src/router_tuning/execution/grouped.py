@@ -197,18 +197,15 @@ def _past(
 
 
 def _stored(store: KeptKeys) -> list[RowsKeys]:
-    """The lasting keys of a cache, and of its ring the slots that the next query may see."""
+    """The lasting keys of a cache, and those of skipped tokens that the next query may see."""
     view = store.view()
     if view is None:
         return []
     key, value, column_BS = view
     lasting_BS = store.lasting_S().expand(column_BS.shape)
     held = RowsKeys(key, value, column_BS.to(key.device), lasting_BS.to(key.device))
-    if not store.ring:
-        return [held]
-    first = max(store.seen - store.window + 1, 0)
-    slot_K = torch.arange(first, store.seen, device=key.device) % store.ring
-    return [held.slots(slot_K), held.slots(slice(store.ring, None))]
+    # Of the skipped tokens no more than these are in a query's window.
+    return [held.slots(slice(store.passing - store.window, None))]
 
 
 def _by_row(extra: MadeKeys | None, decided: Decided, context: ForwardContext) -> list[RowsKeys]:

@@ -52,8 +52,8 @@ class SegmentKeys:
         assert layer.store is not None
         self.fresh = not layer.store.seen
         self.store = layer.store
-        if self.store.ring and not self.one and not self.fresh:
-            # A long chunk overwrites ring slots that its first queries see.
+        if self.store.passing and not self.one and not self.fresh:
+            # A long chunk moves keys out of sight that its first queries see.
             self.before = [self._joined(row) for row in range(context.rows)]
         store_kept(made, self.lasting_BT, layer, context)
 
@@ -80,14 +80,15 @@ class SegmentKeys:
         """
         if not self.one or not self._from_store or min(self.asked_S) == 0:
             return None
-        keys = [self.of(row) for row in range(len(self.asked_S))]
-        if any(k.column_K is not None or k.key.shape != keys[0].key.shape for k in keys):
+        store = self.store
+        assert store is not None
+        assert store.keys is not None
+        assert store.values is not None
+        some = store.latest(0)
+        rows = range(1, len(self.asked_S))
+        if not self._fits(store.seen) or any(store.latest(row) != some for row in rows):
             return None
-        assert self.store is not None
-        assert self.store.keys is not None
-        assert self.store.values is not None
-        number = keys[0].key.shape[2]
-        return RowKeys(self.store.keys[:, :, :number], self.store.values[:, :, :number])
+        return RowKeys(store.keys[:, :, some], store.values[:, :, some])
 
     @cached_property
     def _bounds(self) -> list[tuple[int, int]]:
@@ -138,17 +139,24 @@ class SegmentKeys:
         return RowKeys(key, value, column_K)
 
     def _stored(self, row: int) -> RowKeys:
-        """kv="kept": of the store, the new ones included."""
+        """kv="kept": of the store, the new ones included; of the skipped ones at least those that
+        the first query sees.
+        """
         store = self.store
         assert store is not None
         assert store.keys is not None
         assert store.values is not None
-        used = store.ring + store.lengths[row]
-        key, value = (x[row : row + 1, :, :used] for x in (store.keys, store.values))
-        if self.one and not store.ring and self._fits(store.seen):
+        fits = self.one and self._fits(store.seen)
+        some = (
+            store.latest(row)
+            if fits
+            else slice(store.passing - store.window, store.passing + store.lengths[row])
+        )
+        key, value = (x[row : row + 1, :, some] for x in (store.keys, store.values))
+        if fits:
             return RowKeys(key, value)
-        lasting_K = torch.arange(used) >= store.ring if store.ring else None
-        return RowKeys(key, value, store.columns_BS[row, :used], lasting_K)
+        lasting_K = torch.arange(some.start, some.stop) >= store.passing if store.window else None
+        return RowKeys(key, value, store.columns_BS[row, some], lasting_K)
 
     def _joined(self, row: int) -> RowKeys:
         """The store's keys and the new ones, before these are stored."""
