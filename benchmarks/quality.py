@@ -137,8 +137,8 @@ def begin(path: Path, bench: Bench) -> dict[str, Any]:
         dense = {name: losses_of(bench.measured, windows) for name, windows in bench.report.items()}
         say("dense", dense)
         document = update(path, lambda document: document.update(dense=dense))
-    if options.static and "static" not in document:
-        static = _static(bench)
+    static = _static(bench, document.get("static", {}))
+    if static != document.get("static", {}):
         document = update(path, lambda document: document.update(static=static))
     if options.random and "random" not in document:
         found = _random(bench)
@@ -524,27 +524,51 @@ def _row(model: Any, windows: Windows, budget: float) -> dict[str, Any]:
     return {"budget": budget, "kept_fraction": trace.kept_fraction(), **losses}
 
 
-def _static(bench: Bench) -> dict[str, Any]:
-    """Both static controls, at whole numbers of dropped units."""
-    options, held = bench.options, bench.held_back
+def _static(bench: Bench, before: dict[str, Any]) -> dict[str, Any]:
+    """Both static controls, at whole numbers of dropped units; what is there already stays."""
+    options = bench.options
+    wanted = set(options.static)
+    if not wanted - {
+        row["units"] for row in before.get(next(iter(bench.report)), {}).get("cosine", [])
+    }:
+        return before
     routed = _controlled(bench)
+    orders = before.get("orders") or _orders(bench, routed)
+    found: dict[str, Any] = {"orders": orders, "greedy_windows": options.greedy_windows, **before}
+    for name, windows in bench.report.items():
+        found[name] = {
+            kind: _dropped(routed, windows, order, wanted, before.get(name, {}).get(kind, []))
+            for kind, order in orders.items()
+        }
+        say(f"static, {name}", found[name])
+    routed.unload()
+    return found
+
+
+def _orders(bench: Bench, routed: Any) -> dict[str, list[str]]:
+    """Which units either control drops first."""
+    options, held = bench.options, bench.held_back
     orders = {"cosine": cosine_order(routed, held)}
     if options.greedy_windows:
         few = held.take(range(min(options.greedy_windows, len(held))))
         orders["greedy"] = greedy_order(routed, few, max(options.static))
-    found: dict[str, Any] = {"orders": orders, "greedy_windows": options.greedy_windows}
-    for name, windows in bench.report.items():
-        found[name] = {}
-        for kind, order in orders.items():
-            rows = []
-            for number in options.static:
-                with decided_by(routed, StaticDrop(order[:number])), record(routed) as trace:
-                    losses = losses_of(routed, windows, budget=1.0)
-                rows.append({"units": number, "kept_fraction": trace.kept_fraction(), **losses})
-            found[name][kind] = rows
-            say(f"static {kind}", {name: rows})
-    routed.unload()
-    return found
+    return orders
+
+
+def _dropped(
+    routed: Any,
+    windows: Windows,
+    order: list[str],
+    numbers: set[int],
+    before: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """A row for each number of dropped units, beside those that are there, in order."""
+    rows = {row["units"]: row for row in before}
+    for number in (n for n in numbers - set(rows) if n <= len(order)):
+        with decided_by(routed, StaticDrop(order[:number])), record(routed) as trace:
+            losses = losses_of(routed, windows, budget=1.0)
+        rows[number] = {"units": number, "kept_fraction": trace.kept_fraction(), **losses}
+    return [rows[number] for number in sorted(rows)]
 
 
 def _random(bench: Bench) -> dict[str, Any]:

@@ -98,3 +98,16 @@ def test_the_best_subset_of_a_window_loses_no_more_of_it_than_another(tmp_path: 
     path.write_text(json.dumps(document))
     sequence_oracle.main([*words, "--continue"])
     assert json.loads(path.read_text())["texts"]["text"] == windows
+
+
+def test_more_static_controls_join_those_that_were_measured(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    words = [*words_of(tmp_path), "--greedy-windows", "1", "--static"]
+    quality.main([*words, "1,3"])
+    before = json.loads(result.read_text())["static"]
+    quality.main([*words, "2,3,4", "--continue"])
+    after = json.loads(result.read_text())["static"]
+    assert after["orders"] == before["orders"]
+    assert [row["units"] for row in after["text"]["cosine"]] == [1, 2, 3, 4]
+    assert [row["units"] for row in after["text"]["greedy"]] == [1, 2, 3]  # three were chosen
+    assert after["text"]["greedy"][::2] == before["text"]["greedy"]
