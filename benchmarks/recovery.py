@@ -1,6 +1,7 @@
-"""What LoRA wins back: routers alone, LoRA alone, and both in one adapter, tuned with TRL.
+"""What LoRA wins back: routers alone, LoRA alone, both in one adapter, and routers on the model
+that LoRA was merged into, all tuned with TRL.
 
-All three learn the text of the same conversations. What is routed is calibrated on rows that
+All learn the text of the same conversations. What is routed is calibrated on rows that
 nothing was trained on, and measured on other text beside the untouched model, static drop and
 random masks. Then both, resumed in the middle, is compared with the run that was not interrupted.
 Every piece is written as soon as it is there, and `--continue` goes on where it stopped. Example:
@@ -23,7 +24,7 @@ from typing import Any
 import quality
 import torch
 from datasets import load_dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from places import shown
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
@@ -36,7 +37,9 @@ from router_tuning.embedded import load_model, load_tokenizer
 from router_tuning.evaluation.perplexity import evaluate, window_loss
 from router_tuning.training.trl import RouterSFTConfig, RouterSFTTrainer
 
-VARIANTS = ("routers", "LoRA", "routers and LoRA")
+ROUTERS, LORA, BOTH = "routers", "LoRA", "routers and LoRA"
+AFTER = "LoRA, then routers"
+VARIANTS = (ROUTERS, LORA, BOTH, AFTER)
 
 
 def main() -> None:
@@ -113,25 +116,36 @@ def _run(options: argparse.Namespace, work: Path, variant: str, seed: int) -> di
     model.set_attn_implementation("sdpa")
     held_back, report = _windows(options)
     run = {"variant": variant, "seed": seed, "seconds": round(trained - started, 1)}
-    if variant == "LoRA":
-        tuned = window_loss(model, report)
+    if variant == LORA:
         with model.disable_adapter():
-            untouched = window_loss(model, report)
-        return run | {
-            "dense": {"loss": untouched.loss, "answer_loss": untouched.answer_loss},
-            "tuned": {"loss": tuned.loss, "answer_loss": tuned.answer_loss},
-        }
+            untouched = _losses(model, report)
+        return run | {"dense": untouched, "tuned": _losses(model, report)}
     calibrate_windows(model, held_back, [options.budget])
     measured = evaluate(
         model, report, [options.budget], compare=True, selection=held_back, greedy_windows=1
     )
+    if variant == AFTER:  # evaluated beside what LoRA made of the untouched model
+        untouched = _losses(_base(options).float(), report)
+        return run | {**measured, "dense": untouched, "tuned": measured["dense"]}
     return run | measured
+
+
+def _base(options: argparse.Namespace) -> Any:
+    return load_model(options.model, dtype=getattr(torch, options.dtype))
+
+
+def _losses(model: Any, windows: Windows) -> dict[str, float | None]:
+    found = window_loss(model, windows)
+    return {"loss": found.loss, "answer_loss": found.answer_loss}
 
 
 def _trainer(options: argparse.Namespace, folder: Path, variant: str, seed: int) -> Any:
     torch.manual_seed(seed)
-    model = load_model(options.model, dtype=getattr(torch, options.dtype))
+    model = _base(options)
     model.set_attn_implementation(options.attention)
+    if variant == AFTER:
+        tuned = folder.with_name(f"{LORA}-{seed}") / f"checkpoint-{options.steps}"
+        model = PeftModel.from_pretrained(model, tuned).merge_and_unload()
     rows = load_dataset("json", data_files=options.train, split="train")
     common: dict[str, Any] = {
         "model": model,
@@ -152,7 +166,7 @@ def _trainer(options: argparse.Namespace, folder: Path, variant: str, seed: int)
         "gradient_checkpointing": False,
     }
     lora = {"r": options.lora_r, "target_modules": options.lora_targets}
-    if variant == "LoRA":  # as the adapter's own LoRA is trained
+    if variant == LORA:  # as the adapter's own LoRA is trained
         same = RouterSFTConfig(objective="lm", **fields)
         args = SFTConfig(
             learning_rate=same.lora_learning_rate,
@@ -169,7 +183,7 @@ def _trainer(options: argparse.Namespace, folder: Path, variant: str, seed: int)
         granularity="attn_token",
         kv=options.kv,
         budget=options.budget,
-        lora=lora if variant == "routers and LoRA" else None,
+        lora=lora if variant == BOTH else None,
     )
     args = RouterSFTConfig(objective="lm", **fields)
     return RouterSFTTrainer(args=args, peft_config=routers, **common)
@@ -187,7 +201,7 @@ def _windows(options: argparse.Namespace) -> tuple[Windows, Windows]:
 
 def _resumed(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Whether the second half of the steps, from a checkpoint, gives the very same weights."""
-    variant, seed = VARIANTS[-1], options.seeds[0]
+    variant, seed = BOTH, options.seeds[0]
     middle, last = (f"checkpoint-{n}" for n in (options.steps // 2, options.steps))
     whole, part = work / f"{variant}-{seed}", work / "resumed"
     shutil.rmtree(part, ignore_errors=True)

@@ -47,12 +47,15 @@ def test_routers_lora_and_both_are_trained_measured_and_resumed(tmp_path: Path) 
 
     run()
     first = json.loads(result.read_text())
-    assert [one["variant"] for one in first["runs"]] == ["routers", "LoRA", "routers and LoRA"]
-    routers, lora, both = first["runs"]
+    routers, lora, both, after = first["runs"]
+    variants = [one["variant"] for one in first["runs"]]
+    assert variants == ["routers", "LoRA", "routers and LoRA", "LoRA, then routers"]
     assert routers["dense"] == both["dense"]
     assert lora["dense"]["loss"] == pytest.approx(routers["dense"]["loss"])
     assert lora["tuned"]["loss"] < lora["dense"]["loss"]
-    for one in (routers, both):
+    assert after["dense"] == pytest.approx(lora["dense"])
+    assert after["tuned"]["loss"] == pytest.approx(lora["tuned"]["loss"], abs=1e-3)  # bf16 merged
+    for one in (routers, both, after):
         assert one["routed"][0]["kept_fraction"] < 0.9
         assert {"static_cosine", "static_greedy", "random"} <= set(one)
     assert 0 < first["resumed"]["tensors"] == first["resumed"]["equal_to_the_bit"]
@@ -61,5 +64,5 @@ def test_routers_lora_and_both_are_trained_measured_and_resumed(tmp_path: Path) 
     result.write_text(json.dumps(stopped))
     run("--continue")
     again = json.loads(result.read_text())
-    assert again["runs"][2]["routed"] == both["routed"]
+    assert [one["routed"] for one in again["runs"][2:]] == [both["routed"], after["routed"]]
     assert again["resumed"] == first["resumed"]
