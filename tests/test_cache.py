@@ -48,13 +48,14 @@ class Obvious:
     rows: list[dict[int, bool]] = field(default_factory=list)
     seen: int = 0
 
-    def visible(self, row: int) -> set[int]:
-        """Columns that the next query sees."""
+    def visible(self, row: int, of: int | None = None) -> set[int]:
+        """Columns that a query sees: the next one, or that of a column."""
+        query = self.seen if of is None else of
         return {
             column
             for column, permanent in self.rows[row].items()
-            if (permanent or self.seen - column < self.window)
-            and (self.sliding is None or self.seen - column < self.sliding)
+            if (permanent or query - column < self.window)
+            and (self.sliding is None or query - column < self.sliding)
         }
 
 
@@ -95,6 +96,9 @@ def assert_equal(store: KeptKeys, obvious: Obvious) -> None:
         expected = key_of(torch.full_like(columns[slots], text), columns[slots])
         assert torch.equal(keys[row, :, slots].transpose(0, 1), expected)
         assert torch.equal(values[row, :, slots].transpose(0, 1), -expected)
+        if store.sliding is None:
+            stretch = columns_BS[row, store.latest(row)]
+            assert sorted(stretch.tolist()) == sorted(obvious.visible(row, of=store.seen - 1))
     assert store.held() == total
 
 
@@ -161,7 +165,7 @@ def test_a_crop_of_the_last_chunk_always_works() -> None:
             assert_equal(store, obvious)
 
 
-def test_a_ring_remembers_only_so_far_back() -> None:
+def test_skipped_tokens_are_remembered_only_so_far_back() -> None:
     store = new_store(1, window=4)
     obvious = Obvious(4, None, [0], [{}])
     write(store, obvious, torch.zeros(1, 200, dtype=torch.bool))
@@ -171,7 +175,7 @@ def test_a_ring_remembers_only_so_far_back() -> None:
     obvious.seen = 200 - CROP_SLACK
     obvious.rows = [{c: p for c, p in obvious.rows[0].items() if c < obvious.seen}]
     assert_equal(store, obvious)
-    # The ring was written up to column 200: a second crop cannot bring back what that overwrote,
+    # It was written up to column 200: a second crop cannot bring back what had to go for that,
     # whether or not something was written in between.
     with pytest.raises(UnsupportedCallError, match=f"at most {CROP_SLACK}"):
         store.crop(200 - CROP_SLACK - 10)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from laws import Case, routed_model
 from router_tuning.execution import rows
 from router_tuning.execution.rows import Kernel, Reach, RowKeys, attend
 from router_tuning.units import decoder_layers, decoder_of
-from tiny import tiny_model
+from tiny import CACHE_KEY, tiny_model, token_ids
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 SCALE = WIDTH**-0.5
@@ -173,3 +175,23 @@ def test_one_query_reads_past_hidden_keys_without_a_copy_of_the_others() -> None
     assert seen == [key.untyped_storage().data_ptr()]
     some = RowKeys(key[:, :, lasting_K], value[:, :, lasting_K])
     torch.testing.assert_close(found, attend(kernel, query, torch.tensor([11]), some, reach))
+
+
+def test_a_decoded_token_of_a_window_is_told_of_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = routed_model(Case("llama", "attn_token", "kept", 4, 3))
+    ids, masks = token_ids(1, 40), []
+    attended = Kernel.__call__
+
+    def watched(self: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+        masks.append((query.shape[2], mask))
+        return attended(self, query, key, value, mask)
+
+    monkeypatch.setattr(Kernel, "__call__", watched)
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        masks.clear()
+        for column in range(20, 40):
+            model(ids[:, column : column + 1], **{CACHE_KEY: cache})
+    skipped = 20 * len(decoder_layers(decoder_of(model))) - len(masks)
+    assert skipped > 5
+    assert all(length == 1 and mask is None for length, mask in masks)

@@ -105,32 +105,35 @@ class KeptKeys:
                 x_NHD.new_zeros((len(self.lengths), x_NHD.shape[1], self.passing, x_NHD.shape[2]))
                 for x_NHD in (key_NHD, value_NHD)
             )
-        written = (row_N, column_N, key_NHD, value_NHD)
+        written: tuple[Tensor, ...] = (row_N, column_N, key_NHD, value_NHD)
         if not bool(lasting_N.all()):  # with a window
             self._pass(*_those(~lasting_N, *written))
             written = _those(lasting_N, *written)
-        row_N, *written = written
-        counts = self._by_row(row_N)
+        counts = self._by_row(written[0])
         self._make_room(counts)
         for row, some in _stretches(counts):
             first = self.passing + self.lengths[row]
             number = some.stop - some.start
-            self._put(row, slice(first, first + number), *(x[some] for x in written))
+            self._put(row, slice(first, first + number), *(x[some] for x in written[1:]))
             self.lengths[row] += number
 
     def _pass(self, row_N: Tensor, column_N: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
         """Put skipped tokens behind those before them, which move up: few keys, and an attention
-        that need not be told which slots it sees.
+        that need not be told which slots it sees. Rows that skip equally many go together.
         """
         assert self.keys is not None
         assert self.values is not None
-        end = self.passing
-        for row, some in _stretches(self._by_row(row_N)):
-            some = slice(max(some.start, some.stop - end), some.stop)
-            number = some.stop - some.start
-            for slots in (self.keys[row], self.values[row], self.columns_BS[row][None, :, None]):
-                slots[:, : end - number] = slots[:, number:end].clone()
-            self._put(row, slice(end - number, end), column_N[some], key_NHD[some], value_NHD[some])
+        counts = self._by_row(row_N)
+        for number in set(counts) - {0}:
+            chosen_B = torch.tensor(counts) == number
+            written: tuple[Tensor, ...] = (column_N, key_NHD, value_NHD)
+            rows: slice | Tensor = slice(None)
+            if not bool(chosen_B.all()):
+                rows, written = chosen_B.nonzero()[:, 0], _those(chosen_B[row_N], *written)
+            column_RL, key, value = (x.unflatten(0, (-1, number)) for x in written)
+            _push(self.columns_BS[:, : self.passing], rows, column_RL, 1)
+            _push(self.keys[:, :, : self.passing], rows, key.transpose(1, 2), 2)
+            _push(self.values[:, :, : self.passing], rows, value.transpose(1, 2), 2)
 
     def _by_row(self, row_N: Tensor) -> list[int]:
         """How many of some tokens each row has."""
@@ -245,6 +248,13 @@ def _those(chosen_N: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
     """Some of the tokens; `chosen_N` lies on the host, the parts where they like."""
     index_N = chosen_N.nonzero()[:, 0]
     return tuple(part.index_select(0, index_N.to(part.device)) for part in parts)
+
+
+def _push(slots: Tensor, rows: slice | Tensor, new: Tensor, dim: int) -> None:
+    """Put what is new behind what some rows hold, and let as much go at the front."""
+    size = slots.shape[dim]
+    joined = torch.cat([slots[rows], new.to(slots.dtype)], dim)
+    slots[rows] = joined.narrow(dim, joined.shape[dim] - size, size)
 
 
 def _stretches(counts: list[int]) -> Iterator[tuple[int, slice]]:
