@@ -84,11 +84,16 @@ class SegmentKeys:
         assert store is not None
         assert store.keys is not None
         assert store.values is not None
-        some = store.latest(0)
-        rows = range(1, len(self.asked_S))
-        if not self._fits(store.seen) or any(store.latest(row) != some for row in rows):
+        some, *others = self._latest
+        if not self._fits(store.seen) or any(other != some for other in others):
             return None
         return RowKeys(store.keys[:, :, some], store.values[:, :, some])
+
+    @cached_property
+    def _latest(self) -> list[slice]:
+        """The slots that the one new token of each row sees."""
+        assert self.store is not None
+        return [self.store.latest(row) for row in range(self.context.rows)]
 
     @cached_property
     def _bounds(self) -> list[tuple[int, int]]:
@@ -148,7 +153,7 @@ class SegmentKeys:
         assert store.values is not None
         fits = self.one and self._fits(store.seen)
         some = (
-            store.latest(row)
+            self._latest[row]
             if fits
             else slice(store.passing - store.window, store.passing + store.lengths[row])
         )
