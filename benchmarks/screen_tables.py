@@ -10,7 +10,7 @@ import quality_tables
 from places import link, read
 from screen import RECIPE
 
-KEPT = (0.9, 0.8, 0.75)
+KEPT = (0.9, 0.85, 0.8)
 
 
 def screened(path: Path, root: str) -> str:

@@ -36,11 +36,11 @@ def test_candidates_stand_beside_the_recipe_of_their_seed(tmp_path: Path) -> Non
     path.write_text(json.dumps(document))
     lines = screen_tables.screened(path, "").splitlines()
     recipe = next(line for line in lines if line.startswith("| recipe"))
-    # Half way to +0.1 and +0.3 at 0.90; nothing was measured at 0.75.
-    expected = ["| recipe", "+0.100 ± 0.071", "+0.200 ± 0.141", "-", "1,234", "100 |"]
+    # Half way to +0.1 and +0.3 at 0.90, three quarters of the way at 0.85.
+    expected = ["| recipe", "+0.100 ± 0.071", "+0.150 ± 0.106", "+0.200 ± 0.141", "1,234", "100 |"]
     assert recipe.split(" | ") == expected
     hinge = next(line for line in lines if line.startswith("| hinge"))
-    assert hinge.split(" | ")[1:4] == ["+0.150 (+0.100)", "+0.300 (+0.200)", "-"]
+    assert hinge.split(" | ")[1:4] == ["+0.150 (+0.100)", "+0.225 (+0.150)", "+0.300 (+0.200)"]
     static = next(line for line in lines if line.startswith("| static drop, cosine"))
-    assert static.split(" | ")[1:4] == ["+0.200", "+0.400", "-"]
+    assert static.split(" | ")[1:4] == ["+0.200", "+0.300", "+0.400"]
     assert recipe.count("|") == hinge.count("|") == static.count("|") == lines[2].count("|")
