@@ -562,9 +562,12 @@ def _dropped(
     numbers: set[int],
     before: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """A row for each number of dropped units, beside those that are there, in order."""
+    """A row for each number of dropped units, beside those that are there, in order. Of an order
+    that ends before, one for all of it: greedy dropping has chosen no more units, and where these
+    have prices, as much may be fewer of them.
+    """
     rows = {row["units"]: row for row in before}
-    for number in (n for n in numbers - set(rows) if n <= len(order)):
+    for number in sorted({min(n, len(order)) for n in numbers} - set(rows)):
         with decided_by(routed, StaticDrop(order[:number])), record(routed) as trace:
             losses = losses_of(routed, windows, budget=1.0)
         rows[number] = {"units": number, "kept_fraction": trace.kept_fraction(), **losses}

@@ -31,6 +31,8 @@ UNITS = {"attention": "", "MLP": "-mlp", "block": "-block", "attention and MLP":
 UNITS_KEPT = (0.9, 0.75)
 SHARES_AT = (0.9, 0.8)
 STATICS = ("cosine", "greedy")
+ROUNDING = 1e-9
+"""Of a kept fraction: 0.9000000000000001 is 0.9."""
 EARLIER_ROWS = 2
 """The default of `warm_start` while it measured the harm of each unit's absence (decision 0005)."""
 
@@ -261,6 +263,6 @@ def _share(curves: list[Curve], dropped: dict[str, Curve], kept: float) -> str:
 def at(curve: Curve, kept: float) -> float | None:
     """The extra loss at exactly `kept`, between the two nearest points; None outside them."""
     for (k0, v0), (k1, v1) in pairwise(curve):
-        if k0 <= kept <= k1:
+        if k0 - ROUNDING <= kept <= k1 + ROUNDING:
             return v0 if k0 == k1 else v0 + (v1 - v0) * (kept - k0) / (k1 - k0)
     return None

@@ -31,13 +31,15 @@ from torch import Tensor, nn
 from router_tuning import RouterTuningConfig, decided_by, record
 from router_tuning.cli.records import peak_rss_mb
 from router_tuning.decide import Decision
-from router_tuning.execution.context import routers_of
-from router_tuning.training.budget import Kept, target_at
-from router_tuning.units import decoder_of
+from router_tuning.execution.context import ForwardContext, routers_of
+from router_tuning.training.budget import Kept, RunningKept, budget_term, target_at
+from router_tuning.units import Unit, decoder_of
 
 RECIPE = "recipe"
 UNIT_THRESHOLDS = "a threshold for each unit"
 """Not tuned: the recipe's adapter, with thresholds under which each unit keeps an equal share."""
+IDENTITY = ("candidate", "seed", "setting", "tuning")
+"""What no two runs of a file share."""
 EXTRA = "extra"
 """The weights of what a router sees beside its input."""
 
@@ -59,33 +61,39 @@ class Hinge(quality.TaughtFromMemory):
 class BudgetForEachUnit(quality.TaughtFromMemory):
     """Each unit has the target, instead of all of them together."""
 
-    weight: float
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.weight, self.args.budget_weight = self.args.budget_weight, 0.0
+        self.running = {name: RunningKept() for name in routers_of(self.routed)}
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The objective, and the mean over units of the squared distance from the target."""
-        seen: list[Tensor] = []
+        """The objective, and the mean over units of the budget's term."""
+        seen: dict[str, Tensor] = {}
+        routers = routers_of(self.routed)
         hooks = [
-            r.register_forward_hook(lambda router, args, logits_BT: seen.append(logits_BT))
-            for r in routers_of(self.routed).values()
+            router.register_forward_hook(
+                lambda router, args, logits_BT, name=name: seen.update({name: logits_BT})
+            )
+            for name, router in routers.items()
         ]
         try:
             loss = super().compute_loss(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
-        state = self.state
-        target = target_at(
-            state.global_step, state.max_steps, self.budget, self.args.anneal_fraction
-        )
-        threshold_11 = torch.zeros(1, 1, device=loss.device)
+        return loss + torch.stack([self._term(name, seen[name]) for name in routers]).mean()
+
+    def _term(self, name: str, logits_BT: Tensor) -> Tensor:
+        """The budget's term of one unit, as that of all is made."""
+        args, state = self.args, self.state
+        target = target_at(state.global_step, state.max_steps, self.budget, args.anneal_fraction)
         # Every second row decides at lowered thresholds, and is not counted.
-        gates = [Decision(logits_BT[0::2]).straight_through(threshold_11) for logits_BT in seen]
-        away = [(gate_BT.mean() - target) ** 2 for gate_BT in gates]
-        return loss + self.weight * torch.stack(away).mean()
+        counted = Decision(logits_BT[0::2])
+        gate_BT = counted.straight_through(torch.zeros(1, 1, device=logits_BT.device))
+        running = self.running[name]
+        running.fade(args.budget_momentum)
+        mean = running.add(float(gate_BT.detach().sum()), gate_BT.numel())
+        return budget_term(gate_BT.mean(), mean, target, self.weight)
 
 
 class HiddenStates(quality.TaughtFromMemory):
@@ -220,12 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     bench = quality.prepare(options)
     document = quality.begin(path, bench)
-    done = [(run["candidate"], run["seed"]) for run in document["runs"]]
+    done = [{name: run[name] for name in IDENTITY} for run in document["runs"]]
     for name in options.candidates:
         for seed in options.seeds if name == RECIPE else options.seeds[:1]:
-            if (name, seed) not in done:
-                for run in _runs(bench, name, seed):
-                    quality.update(path, lambda document, run=run: document["runs"].append(run))
+            changed = _changed(options, CANDIDATES[name])
+            about = _about(changed, seed)
+            if {"candidate": name, **about} not in done:
+                runs = _runs(replace(bench, options=changed), name, about)
+                quality.update(path, lambda document, runs=runs: document["runs"].extend(runs))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -245,12 +255,23 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _runs(bench: quality.Bench, name: str, seed: int) -> list[dict[str, Any]]:
+def _changed(options: argparse.Namespace, candidate: Candidate) -> argparse.Namespace:
+    """The options with a candidate's changes."""
+    changed = argparse.Namespace(**vars(options))
+    changed.argument = {**options.argument, **candidate.arguments}
+    changed.steps = round(options.steps * candidate.steps)
+    return changed
+
+
+def _about(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What tells a candidate's run from others of it."""
+    tuning = quality.tuning_of(options, options.setting)
+    return {"seed": seed, "setting": options.setting, "tuning": tuning}
+
+
+def _runs(bench: quality.Bench, name: str, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Tune and sweep one candidate; of the recipe, sweep by a threshold for each unit too."""
-    candidate, options = CANDIDATES[name], argparse.Namespace(**vars(bench.options))
-    options.argument = {**options.argument, **candidate.arguments}
-    options.steps = round(options.steps * candidate.steps)
-    bench = replace(bench, options=options)
+    candidate, options, seed = CANDIDATES[name], bench.options, about["seed"]
     torch.manual_seed(seed)
     began = time.time()
     tuned = _routed(bench.trained, options, candidate)
@@ -263,11 +284,6 @@ def _runs(bench: quality.Bench, name: str, seed: int) -> list[dict[str, Any]]:
         for unit, router in routers_of(tuned).items():
             routers_of(routed)[unit].load_state_dict(router.state_dict())
         tuned.unload()
-    about = {
-        "seed": seed,
-        "setting": options.setting,
-        "tuning": quality.tuning_of(options, options.setting),
-    }
     run = {
         "candidate": name,
         **about,
@@ -294,27 +310,36 @@ def _routed(base: Any, options: argparse.Namespace, candidate: Candidate) -> Any
     return routed
 
 
+class EqualShares:
+    """Finds, in one forward of all held-back text, a threshold for each unit under which it keeps a
+    share of that text, given what the units before it keep.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.at: dict[str, float] = {}
+
+    def __call__(self, unit: Unit, x_BTD: Tensor, forward: ForwardContext) -> Tensor:
+        logits_BT = forward.router(unit)(x_BTD)
+        self.at[unit.name] = float(logits_BT.float().quantile(1 - self.share))
+        keep_BT: Tensor = logits_BT >= self.at[unit.name]
+        return keep_BT
+
+
 @torch.no_grad()
 def _by_unit(bench: quality.Bench, routed: Any) -> dict[str, list[dict[str, Any]]]:
     """The sweep, with thresholds under which each unit keeps the budget of held-back text."""
     routed.eval()
-    with record(routed) as trace:
-        for ids_BT in bench.held_back.ids.split(8):
-            decoder_of(routed)(input_ids=ids_BT, use_cache=False)
-    logits = {
-        name: torch.cat([forward.units[name].logits_BT.flatten() for forward in trace.forwards])
-        for name in routers_of(routed)
-    }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in bench.report}
     for budget in bench.options.budgets:
-        at = {
-            name: float(logits_N.float().quantile(1 - budget)) for name, logits_N in logits.items()
-        }
+        shares = EqualShares(budget)
+        with decided_by(routed, shares):
+            decoder_of(routed)(input_ids=bench.held_back.ids, use_cache=False)
         for name, windows in bench.report.items():
-            with decided_by(routed, peers.Thresholds(at)), record(routed) as trace:
+            with decided_by(routed, peers.Thresholds(shares.at)), record(routed) as trace:
                 losses = quality.losses_of(routed, windows, budget=1.0)
             row = {"budget": budget, "kept_fraction": trace.kept_fraction(), **losses}
-            found[name].append(row)
+            found[name].append({**row, "kept_per_unit": trace.kept_per_unit()})
     return found
 
 

@@ -25,8 +25,8 @@ def screened(path: Path, root: str) -> str:
         f"tokens of training unless the name says otherwise; {run['report_windows']} windows of "
         f"each text; {link(path, root)}). Extra loss in nats a token over the untouched model: of "
         "the recipe the mean and standard deviation over its seeds, of each candidate the loss "
-        "with the recipe's first seed, and in brackets how much more that is than the recipe's "
-        "with the same seed:",
+        "with its first seed, and in brackets how much more that is than the recipe's with the "
+        "same seed:",
         "",
         f"| candidate | {' | '.join(columns)} | trained numbers | seconds |",
         "|---|" + "---|" * (len(columns) + 2),
@@ -56,7 +56,8 @@ def _measures(document: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _cells(document: dict[str, Any], name: str) -> list[str]:
     runs = [one for one in document["runs"] if one["candidate"] == name]
-    first = next(one for one in document["runs"] if one["candidate"] == RECIPE)
+    recipes = [one for one in document["runs"] if one["candidate"] == RECIPE]
+    beside = next((one for one in recipes if one["seed"] == runs[0]["seed"]), None)
     cells = []
     for _, text, measure in _measures(document):
         for kept in KEPT:
@@ -64,7 +65,7 @@ def _cells(document: dict[str, Any], name: str) -> list[str]:
             if name == RECIPE:
                 cells.append(_mean(lost))
             else:
-                recipe = _lost(document, first, text, measure, kept)
+                recipe = beside and _lost(document, beside, text, measure, kept)
                 cells.append(_beside(lost[0], recipe))
     trainable, seconds = runs[0].get("trainable"), runs[0].get("tuning_seconds")
     cells.append("-" if trainable is None else f"{trainable:,}")

@@ -49,7 +49,8 @@ def _rows(task: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _accuracy(one: dict[str, Any]) -> str:
-    return f"{one['accuracy']:.3f} ± {one['stderr']:.3f}"
+    spread = "" if one["stderr"] is None else f" ± {one['stderr']:.3f}"
+    return f"{one['accuracy']:.3f}{spread}"
 
 
 def _beside(row: dict[str, Any]) -> str:
@@ -60,11 +61,11 @@ def _beside(row: dict[str, Any]) -> str:
     return " | ".join(cells)
 
 
-def _interval(interval: dict[str, float | None]) -> str:
+def _interval(interval: dict[str, float | None], sign: str = "+") -> str:
     mean, low, high = (interval[name] for name in ("mean", "low", "high"))
     if mean is None or low is None or high is None:
         return "-"
-    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    return " ".join((f"{mean:{sign}.3f}", f"({low:{sign}.3f} to {high:{sign}.3f})"))
 
 
 def _losses(found: dict[str, Any]) -> str:
@@ -98,7 +99,7 @@ def _generation(found: dict[str, Any]) -> str:
             )
             lines += [
                 f"| {name} | {label} | {row['budget']:.2f} | {row['kept_fraction']:.3f} | "
-                f"{_interval(row['agreement'])} | {row['same_beginning']:.3f} | "
+                f"{_interval(row['agreement'], sign='')} | {row['same_beginning']:.3f} | "
                 f"{row['repetition']:.3f} | {row['loss_of_dense']:.3f} |"
                 for label, row in _rows(task)
             ]

@@ -97,7 +97,7 @@ def assert_equal(store: KeptKeys, obvious: Obvious) -> None:
         assert torch.equal(keys[row, :, slots].transpose(0, 1), expected)
         assert torch.equal(values[row, :, slots].transpose(0, 1), -expected)
         if store.sliding is None:
-            stretch = columns_BS[row, store.latest(row)]
+            stretch = columns_BS[row, store.latest()[row]]
             assert sorted(stretch.tolist()) == sorted(obvious.visible(row, of=store.seen - 1))
     assert store.held() == total
 

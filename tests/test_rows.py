@@ -70,7 +70,7 @@ def test_blocks_read_what_the_formula_says(
     empty = torch.rand(30, generator=generator) < 0.2
     empty &= ~torch.isin(column_K, column_L)
     column_K = column_K.masked_fill(empty, -1)
-    order = torch.randperm(30, generator=generator)  # slots of a ring lie in any order
+    order = torch.randperm(30, generator=generator)  # keys may lie in any order
     column_K, lasting_K = column_K[order], lasting_K[order]
     query = torch.randn(1, HEADS, len(column_L), WIDTH, generator=generator)
     key, value = (torch.randn(1, KEY_HEADS, 30, WIDTH, generator=generator) for _ in range(2))

@@ -12,7 +12,14 @@ import screen
 import torch
 from torch import nn
 
-from router_tuning import RouterTrainer, RouterTrainingArguments, RoutingConfig, attach
+from router_tuning import (
+    RouterTrainer,
+    RouterTrainingArguments,
+    RoutingConfig,
+    attach,
+    decided_by,
+    record,
+)
 from router_tuning.execution.context import routers_of
 from router_tuning.training.budget import Kept
 from test_quality import words_of
@@ -66,10 +73,12 @@ def test_a_budget_for_each_unit_reaches_all_of_them(
         str(tmp_path), anneal_fraction=0.0, use_cpu=True, budget=0.5, save_strategy="no"
     )
     trainer = screen.BudgetForEachUnit(model, arguments)
+    next(iter(routers_of(model).values())).score.bias.data.fill_(-1.0)
     monkeypatch.setattr(quality.TaughtFromMemory, "teacher", RouterTrainer.teacher)
     trainer.compute_loss(model, {"input_ids": token_ids(2, 12)}).backward()
-    for router in routers_of(model).values():
-        assert router.score.bias.grad > 0  # all kept: less is wanted of each
+    first, *others = (router.score.bias.grad for router in routers_of(model).values())
+    assert first < 0  # it keeps nothing
+    assert all(grad > 0 for grad in others)  # they keep all
 
 
 def test_noise_is_there_in_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +109,14 @@ def test_a_feature_moves_logits_with_a_weight_that_learns(feature: screen.Featur
     assert any(not torch.equal(plain, logits) for logits in moved)
     model(ids).logits.square().sum().backward()
     assert any(router.get_parameter(screen.EXTRA).grad.abs() > 0 for router in routers)
+
+
+def test_equal_shares_are_equal_in_every_unit_of_the_text_they_were_found_on() -> None:
+    torch.manual_seed(0)
+    model, ids = routed(), token_ids(4, 50)
+    for router in routers_of(model).values():
+        torch.nn.init.normal_(router.score.weight)
+    with torch.no_grad(), record(model) as trace, decided_by(model, screen.EqualShares(0.6)):
+        model(ids)
+    kept = trace.kept_per_unit().values()
+    assert all(share == pytest.approx(0.6, abs=0.01) for share in kept)

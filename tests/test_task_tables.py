@@ -51,7 +51,7 @@ def test_tasks_stand_beside_dense_and_controls(tmp_path: Path) -> None:
     ) in text
     assert "| piqa (0, 40) | static, greedy | 0.75 | 0.741 | 0.550 ± 0.080 | - |" in text
     assert "| gsm8k | routed | 0.75 | 0.741 | 2.100 | +0.100 (+0.000 to +0.200) |" in text
-    assert "| generation | routed | 0.75 | 0.741 | +0.800 (+0.700 to +0.900) | 0.400 |" in text
+    assert "| generation | routed | 0.75 | 0.741 | 0.800 (0.700 to 0.900) | 0.400 |" in text
     tables = [part.splitlines() for part in text.split("\n\n")]
     for table in ([line for line in lines if line.startswith("|")] for lines in tables):
         assert len({line.count("|") for line in table}) <= 1

@@ -76,18 +76,17 @@ class KeptKeys:
         """True at slots whose key stays visible, False before them."""
         return torch.arange(self.used) >= self.passing
 
-    def latest(self, row: int) -> slice:
-        """The slots that the latest token of a row sees: all lasting ones, and as many before them
-        as were skipped in its window.
+    def latest(self) -> list[slice]:
+        """For each row the slots that its latest token sees: all lasting ones, and as many before
+        them as were skipped in its window.
         """
-        end = self.passing + self.lengths[row]
+        ends = [self.passing + length for length in self.lengths]
         if not self.window:
-            return slice(0, end)
+            return [slice(0, end) for end in ends]
         oldest = max(self.seen - self.window, 0)
-        number = int(
-            (self.columns_BS[row, self.passing - self.window : self.passing] >= oldest).sum()
-        )
-        return slice(self.passing - number, end)
+        near_BS = self.columns_BS[:, self.passing - self.window : self.passing] >= oldest
+        numbers = near_BS.sum(1).tolist()
+        return [slice(self.passing - n, end) for n, end in zip(numbers, ends, strict=True)]
 
     def append(
         self,

@@ -93,7 +93,7 @@ class SegmentKeys:
     def _latest(self) -> list[slice]:
         """The slots that the one new token of each row sees."""
         assert self.store is not None
-        return [self.store.latest(row) for row in range(self.context.rows)]
+        return self.store.latest()
 
     @cached_property
     def _bounds(self) -> list[tuple[int, int]]:

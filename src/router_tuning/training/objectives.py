@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from router_tuning.errors import TrainingError, UnsupportedModelError
@@ -232,6 +233,7 @@ class _Divergence(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.grad_nV * grad_outputs[0], None, None, None
 
