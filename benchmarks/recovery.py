@@ -145,6 +145,8 @@ def _trainer(options: argparse.Namespace, folder: Path, variant: str, seed: int)
     model.set_attn_implementation(options.attention)
     if variant == AFTER:
         tuned = folder.with_name(f"{LORA}-{seed}") / f"checkpoint-{options.steps}"
+        if not tuned.is_dir():
+            sys.exit(f"{tuned} is not there; give --continue the --work of the run it continues")
         model = PeftModel.from_pretrained(model, tuned).merge_and_unload()
     rows = load_dataset("json", data_files=options.train, split="train")
     common: dict[str, Any] = {
