@@ -1,4 +1,4 @@
-"""The table of routers, LoRA, both, and one after the other, from the file that `recovery.py` writes."""
+"""The table of routers and LoRA, apart, together and in turn, from what `recovery.py` writes."""
 
 from __future__ import annotations
 
