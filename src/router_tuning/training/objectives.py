@@ -233,7 +233,7 @@ class _Divergence(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.grad_nV * grad_outputs[0], None, None, None
 
