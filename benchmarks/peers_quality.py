@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import peers
@@ -56,10 +55,7 @@ Run = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the arguments ask for; None takes those of the command line."""
     options = _options(arguments)
-    path = Path(options.json)
-    if not options.resume:
-        path.unlink(missing_ok=True)
-    torch.set_num_threads(options.threads or torch.get_num_threads())
+    path = quality.opened(options)
     bench = _prepare(options)
     quality.update(path, lambda document: _check_static(document, options))
     document = quality.begin(path, bench)

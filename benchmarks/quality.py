@@ -97,10 +97,7 @@ class Bench:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the arguments ask for; None takes those of the command line."""
     options = _options(arguments)
-    path = Path(options.json)
-    if not options.resume:
-        path.unlink(missing_ok=True)
-    torch.set_num_threads(options.threads or torch.get_num_threads())
+    path = opened(options)
     bench = prepare(options)
     document = begin(path, bench)
     done = [_identity(run) for run in document["runs"]]
@@ -144,6 +141,15 @@ def begin(path: Path, bench: Bench) -> dict[str, Any]:
         found = _random(bench)
         document = update(path, lambda document: document.update(random=found))
     return document
+
+
+def opened(options: argparse.Namespace) -> Path:
+    """The result file, empty unless it is continued; sets as many threads as were asked for."""
+    path = Path(options.json)
+    if not options.resume:
+        path.unlink(missing_ok=True)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    return path
 
 
 def update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

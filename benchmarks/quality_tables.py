@@ -113,7 +113,7 @@ def granularities(model: str, root: str) -> str:
     ]
     for kind, document in found.items():
         for label, tuned_on, curves in deciders(document, texts):
-            cells = [_cell([at(curves[text], kept)]) for text in texts for kept in UNITS_KEPT]
+            cells = [cell([at(curves[text], kept)]) for text in texts for kept in UNITS_KEPT]
             lines.append(f"| {kind} | {label} | {' | '.join(cells)} | {tuned_on} |")
     return "\n".join(lines)
 
@@ -239,10 +239,10 @@ def curve(rows: list[dict[str, Any]], base: dict[str, Any], measure: str = "loss
 
 
 def _cells(curves: list[Curve]) -> list[str]:
-    return [_cell([at(curve, kept) for curve in curves]) for kept in KEPT]
+    return [cell([at(curve, kept) for curve in curves]) for kept in KEPT]
 
 
-def _cell(values: list[float | None]) -> str:
+def cell(values: list[float | None]) -> str:
     """Mean and standard deviation; a dash where a sweep did not reach."""
     known = [v for v in values if v is not None]
     if len(known) < len(values):

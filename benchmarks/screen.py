@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import peers
@@ -222,10 +221,7 @@ CANDIDATES = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the arguments ask for; None takes those of the command line."""
     options = _options(arguments)
-    path = Path(options.json)
-    if not options.resume:
-        path.unlink(missing_ok=True)
-    torch.set_num_threads(options.threads or torch.get_num_threads())
+    path = quality.opened(options)
     bench = quality.prepare(options)
     document = quality.begin(path, bench)
     done = [{name: run[name] for name in IDENTITY} for run in document["runs"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def _cells(document: dict[str, Any], name: str) -> list[str]:
         for kept in KEPT:
             lost = [_lost(document, one, text, measure, kept) for one in runs]
             if name == RECIPE:
-                cells.append(_mean(lost))
+                cells.append(quality_tables.cell(lost))
             else:
                 recipe = beside and _lost(document, beside, text, measure, kept)
                 cells.append(_beside(lost[0], recipe))
@@ -77,14 +76,6 @@ def _lost(
 ) -> float | None:
     base = document["dense"][text]
     return quality_tables.at(quality_tables.curve(one["routed"][text], base, measure), kept)
-
-
-def _mean(lost: list[float | None]) -> str:
-    known = [value for value in lost if value is not None]
-    if len(known) < len(lost):
-        return "-"
-    spread = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):+.3f}{spread}"
 
 
 def _beside(lost: float | None, recipe: float | None) -> str:
