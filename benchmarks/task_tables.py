@@ -7,7 +7,7 @@ from typing import Any
 
 from places import link, read
 
-CONTROLS = {
+DECIDERS = {
     "routed": "routed",
     "static_greedy": "static, greedy",
     "static_cosine": "static, cosine",
@@ -16,22 +16,29 @@ CONTROLS = {
 
 
 def tasks(path: Path, root: str) -> str:
-    """Accuracy, what is left of it above chance, and the gold answer's log-likelihood."""
+    """What was measured, and a table for each kind of task that there is."""
     document = read(path)
     run, found = document["run"], document["tasks"]
-    choices = {name: task for name, task in found.items() if task["kind"] == "choice"}
-    lines = [
+    about = (
         f"**Tasks, {path.stem.removeprefix('tasks-')}** ({run['device']}, {run['dtype']}; "
         f"{link(path, root)}). Accuracy with its standard error, and in nats a row, with its 95 % "
         "interval, by how much the gold answer is likelier than for the dense model, in itself and "
         "among the choices. The share above chance is of dense's, where that is above chance by "
-        "three standard errors. Static dropping keeps what the routers kept of the same task:",
-        "",
+        "three standard errors. Static dropping keeps what the routers kept of the same task:"
+    )
+    tables = (_choices(found), _losses(found), _generation(found))
+    return "\n\n".join([about, *(table for table in tables if table)])
+
+
+def _choices(found: dict[str, Any]) -> str:
+    lines = [
         "| task (shots, rows) | what decides | budget | kept | accuracy | share above chance | "
         "gold answer | among the choices |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, task in choices.items():
+    for name, task in found.items():
+        if task["kind"] != "choice":
+            continue
         dense = task["dense"]
         about = f"{name} ({task['shots']}, {dense['rows']})"
         lines.append(
@@ -39,13 +46,11 @@ def tasks(path: Path, root: str) -> str:
             "| - | - |"
         )
         lines += [f"| {about} | {label} | {_beside(row)} |" for label, row in _rows(task)]
-    return "\n\n".join(
-        part for part in ("\n".join(lines), _losses(found), _generation(found)) if part
-    )
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _rows(task: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(label, row) for name, label in CONTROLS.items() for row in task.get(name, [])]
+    return [(label, row) for name, label in DECIDERS.items() for row in task.get(name, [])]
 
 
 def _accuracy(one: dict[str, Any]) -> str:
