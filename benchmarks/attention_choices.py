@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from runs import run_record
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from router_tuning.cli.records import write_json
+from router_tuning.execution import rows
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 """Of SmolLM2-135M."""
@@ -43,6 +45,11 @@ def main() -> None:
         for name, ways in (
             ("every second token asks, all are keys", _some_of(tokens, 0.5, made)),
             ("four tokens of five ask, all are keys", _some_of(tokens, 0.8, made)),
+            (
+                "three tokens of four ask, of kv_sink=4 and kv_window=16",
+                _windowed(tokens, 0.75, made),
+            ),
+            ("nine tokens of ten ask, of kv_sink=4 and kv_window=16", _windowed(tokens, 0.9, made)),
             ("one query of one row", _one_query(1, tokens, made)),
             ("one query of four rows out of eight", _one_query(8, tokens, made)),
         ):
@@ -85,13 +92,34 @@ def _some_of(tokens: int, share: float, made: dict[str, Any]) -> Ways:
     }
 
 
-def _one_query(rows: int, tokens: int, made: dict[str, Any]) -> Ways:
+def _windowed(tokens: int, share: float, made: dict[str, Any]) -> Ways:
+    """kv="kept" with a window: in blocks under masks, or apart; beside dense and the kept keys."""
+    query, key, value = (torch.randn(1, h, tokens, WIDTH, **made) for h in _HEADS)
+    keep_T = torch.rand(tokens) < share
+    column_L = keep_T.nonzero()[:, 0]
+    kept, *short = (x[:, :, keep_T.to(x.device)] for x in (query, key, value))
+    lasting_T = keep_T | (torch.arange(tokens) < 4)
+    keys, reach = rows.RowKeys(key, value, torch.arange(tokens), lasting_T), rows.Reach(16, None)
+
+    def read(many: int) -> Tensor:
+        with mock.patch.object(rows, "MANY", many):
+            return rows.attend(rows.Kernel(None, None, {}), kept, column_L, keys, reach)
+
+    return {
+        "dense, causal": lambda: sdpa(query, key, value, is_causal=True, enable_gqa=True),
+        "kept keys only, causal": lambda: sdpa(kept, *short, is_causal=True, enable_gqa=True),
+        "blocks under masks": lambda: read(tokens),
+        "lasting keys and the window's apart": lambda: read(1),
+    }
+
+
+def _one_query(number: int, tokens: int, made: dict[str, Any]) -> Ways:
     """Decoding: every second row asks."""
-    query, key, value = (torch.randn(rows, h, tokens, WIDTH, **made) for h in _HEADS)
+    query, key, value = (torch.randn(number, h, tokens, WIDTH, **made) for h in _HEADS)
     query = query[:, :, :1].contiguous()
-    asking = list(range(0, rows, 2))
+    asking = list(range(0, number, 2))
     index = torch.tensor(asking, device=key.device)
-    mask = torch.ones(rows, 1, 1, tokens, dtype=torch.bool, device=key.device)
+    mask = torch.ones(number, 1, 1, tokens, dtype=torch.bool, device=key.device)
 
     def grouped(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None = None) -> Tensor:
         return sdpa(q.view(len(q), KEY_HEADS, HEADS // KEY_HEADS, WIDTH), k, v, m)

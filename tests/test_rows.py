@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws import Case, routed_model
+from laws import FIRST_FIVE, Case, assert_close, batch, routed_model, run
 from router_tuning.execution import rows
 from router_tuning.execution.rows import Kernel, Reach, RowKeys, attend
+from router_tuning.execution.window import tells_sums
 from router_tuning.units import decoder_layers, decoder_of
 from tiny import CACHE_KEY, tiny_model, token_ids
 
@@ -26,6 +27,9 @@ def eager_of_llama() -> Kernel:
     function = sys.modules[type(attention).__module__].eager_attention_forward
     return Kernel(function, attention, {"scaling": SCALE, "dropout": 0.0})
 
+
+ONE = torch.zeros(1, 1, 1, WIDTH)
+needs_sums = pytest.mark.skipif(not tells_sums(ONE, ONE, ONE), reason="of a newer torch")
 
 KERNELS = {
     "sdpa": lambda: Kernel(None, None, {"scaling": SCALE, "dropout": 0.0}),
@@ -87,6 +91,83 @@ def test_blocks_read_what_the_formula_says(
     output = attend(KERNELS[kernel](), query, column_L, keys, reach)
     assert output.shape == (1, len(column_L), HEADS, WIDTH)
     assert (output - plainly(query, keys, seen_LK)).abs().max() < 1e-5
+
+
+def keys_of_a_prompt(length: int, keep_T: Tensor, sink: int) -> tuple[Tensor, Tensor, RowKeys]:
+    """Queries at kept tokens, their columns, and the keys of all tokens from column 3 on."""
+    generator = torch.Generator().manual_seed(length)
+    lasting_T = keep_T | (torch.arange(length) < sink)
+    query = torch.randn(1, HEADS, int(keep_T.sum()), WIDTH, generator=generator)
+    key, value = (torch.randn(1, KEY_HEADS, length, WIDTH, generator=generator) for _ in range(2))
+    column_T = torch.arange(3, length + 3)
+    return query, column_T[keep_T], RowKeys(key, value, column_T, lasting_T)
+
+
+@needs_sums
+@pytest.mark.parametrize("window", [1, 5, 40])
+@pytest.mark.parametrize(("length", "rate", "sink"), [(90, 0.5, 4), (70, 0.9, 0), (33, 0.1, 4)])
+def test_a_window_read_apart_gives_what_the_formula_says(
+    window: int, length: int, rate: float, sink: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_T = torch.rand(length, generator=torch.Generator().manual_seed(window)) < rate
+    keep_T[1] = False  # of the sink, before all queries or between two
+    query, column_L, keys = keys_of_a_prompt(length, keep_T, sink)
+    reach = Reach(window, None)
+    seen_LK = reach.sees(column_L, keys, torch.arange(length))
+    monkeypatch.setattr(rows, "MANY", 1)
+    asked = count_calls(monkeypatch, rows, "attend_in_two")
+    output = attend(KERNELS["sdpa"](), query, column_L, keys, reach)
+    assert len(asked) == 1
+    assert (output - plainly(query, keys, seen_LK)).abs().max() < 1e-5
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
+    """One entry for each call of a module's function from now on."""
+    calls: list[int] = []
+    function = getattr(module, name)
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return function(*args)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("why", ["sliding", "order", "other keys", "gradient", "eager"])
+def test_a_window_is_not_read_apart_where_that_would_be_wrong(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_T = torch.arange(200) % 3 > 0
+    query, column_L, keys = keys_of_a_prompt(200, keep_T, 4)
+    reach = Reach(5, 50 if why == "sliding" else None)
+    if why == "order":
+        parts = keys.key, keys.value, keys.column_K, keys.lasting_K
+        keys = RowKeys(*(x.flip(0 if x.ndim == 1 else 2) for x in parts))  # type: ignore[union-attr]
+    if why == "other keys":  # of a conversation's earlier forward
+        query, column_L = query[:, :, -20:], column_L[-20:]
+    query.requires_grad_(why == "gradient")
+    seen_LK = reach.sees(column_L, keys, torch.arange(200))
+    monkeypatch.setattr(rows, "MANY", 1)
+    asked = count_calls(monkeypatch, rows, "attend_in_two")
+    output = attend(KERNELS["eager" if why == "eager" else "sdpa"](), query, column_L, keys, reach)
+    assert not asked
+    assert (output - plainly(query, keys, seen_LK)).abs().max() < 1e-5
+
+
+@needs_sums
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
+@pytest.mark.parametrize("family", FIRST_FIVE)
+def test_skipping_with_a_window_read_apart_equals_masking(
+    family: str, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "MANY", 1)
+    asked = count_calls(monkeypatch, rows, "attend_in_two")
+    model, given = routed_model(Case(family, granularity, "kept", 5, 3)), batch(length=40)
+    masked = run(model, given, path="masked")
+    skipping = run(model, given, [25, 15], decisions=masked.trace.decisions())
+    assert asked or family == "mistral"  # all of whose layers slide
+    assert_close(masked, skipping, given.real)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
