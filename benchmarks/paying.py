@@ -1,10 +1,12 @@
 """The measurement that sets where an attention runs whole (src/router_tuning/execution/paying.py).
 
-Times prefills of kv="all" under random masks: dense, skipping always, and as chosen. Their ratios
-say from which part of skipped tokens on leaving queries out is faster, and what the choice costs:
+Times prefills under random masks: dense, skipping always, and as chosen. Their ratios say from
+which part of skipped tokens on leaving them out is faster, and what the choice costs:
 
     python benchmarks/paying.py --model smollm2-135m --threads 2 \\
         --json benchmarks/results/paying.json
+    python benchmarks/paying.py --kv kept --kv-sink 4 --kv-window 16 --lengths 128,256,512,768 \\
+        --kept 0.95,0.9,0.8,0.7 --json benchmarks/results/paying-kept-window.json
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ WAYS = ("dense", "skipping", "chosen")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--kv", choices=("all", "kept"), default="all")
+    parser.add_argument("--kv-sink", type=int, default=0)
+    parser.add_argument("--kv-window", type=int, default=0)
     parser.add_argument("--lengths", default="256,512,1024,2048,4096")
     parser.add_argument("--kept", default="0.9,0.8,0.7,0.6,0.5")
     parser.add_argument("--repeats", type=int, default=5)
@@ -53,7 +58,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = load_base(options.model, dtype=options.dtype, device=options.device).model
-    attach(model, RoutingConfig(granularity="attn_token", kv="all"))
+    policy = {"kv": options.kv, "kv_sink": options.kv_sink, "kv_window": options.kv_window}
+    attach(model, RoutingConfig(granularity="attn_token", **policy))
     cells = [
         (int(length), float(kept))
         for length in options.lengths.split(",")
@@ -63,6 +69,7 @@ def main() -> None:
         found = [_cell(model, length, kept, options) for length, kept in track(cells, "Measuring")]
     result = {
         "model": options.model,
+        **policy,
         "found": found,
         "run": run_record(options, next(model.parameters()).device, [options.seed]),
     }

@@ -83,19 +83,19 @@ def growth(path: Path, root: str) -> str:
 
 
 def paying(path: Path, root: str) -> str:
-    """Where skipping pays with kv="all", and what is chosen."""
+    """Where skipping pays under a key and value policy, and what is chosen."""
     document = read(path)
     run, found = document["run"], document["found"]
     shares = sorted({cell["kept"] for cell in found}, reverse=True)
     cells = {(cell["tokens"], cell["kept"]): cell for cell in found}
     lines = [
-        f'**Where skipping pays with `kv="all"`, on {document["model"]}** ({run["device"]}, '
-        f"{run['dtype']}, {run['threads']} threads{instructions(run)}, medians of "
-        f"{run['repeats']} repeats; {link(path, root)}). Time of a prefill over dense "
+        f"**Where skipping pays with {_policy(document)}, on {document['model']}** "
+        f"({run['device']}, {run['dtype']}, {run['threads']} threads{instructions(run)}, "
+        f"medians of {run['repeats']} repeats; {link(path, root)}). Time of a prefill over dense "
         "under random masks that keep so much: skipping always, and as chosen; "
         "in brackets the part of the attentions that then ran whole:",
         "",
-        "| tokens | " + " | ".join(f"{kept:.1f}" for kept in shares) + " |",
+        "| tokens | " + " | ".join(f"{kept:g}" for kept in shares) + " |",
         "|---|" + "---|" * len(shares),
     ]
     for tokens in sorted({cell["tokens"] for cell in found}):
@@ -231,8 +231,13 @@ def _adapter(adapter: dict[str, Any]) -> str:
     names = granularity if isinstance(granularity, str) else ", ".join(granularity)
     if names.startswith("mlp"):
         return f"`{names}`"
-    window = f", sink {adapter['kv_sink']}, window {adapter['kv_window']}"
-    return f'`{names}`, `kv="{adapter["kv"]}"`' + (window if adapter["kv_window"] else "")
+    return f"`{names}`, {_policy(adapter)}"
+
+
+def _policy(of: dict[str, Any]) -> str:
+    """What is done with keys and values; only adapters and newer results name a window."""
+    window = f", sink {of.get('kv_sink')}, window {of.get('kv_window')}"
+    return f'`kv="{of.get("kv", "all")}"`' + (window if of.get("kv_window") else "")
 
 
 def _saving(phase: dict[str, Any] | None) -> str:

@@ -31,10 +31,11 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def skipping_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' texts are so short that attentions with kv="all" would always run whole. A module
+    """The tests' texts are so short that many attentions would always run whole. A module
     that is about that puts a fixture of this name in place of this one, which does nothing.
     """
-    for name in ("LEAST_SHARE", "LEAST_TOKENS", "LEAST_SHARE_AMX", "LEAST_TOKENS_AMX"):
+    names = ("LEAST_SHARE", "LEAST_TOKENS", "LEAST_SHARE_AMX", "LEAST_TOKENS_AMX", "LEAST_PAIRS")
+    for name in names:
         monkeypatch.setattr(paying, name, 0)
 
 

@@ -4,6 +4,9 @@ counted.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +30,8 @@ from router_tuning.evaluation.variants import Ran, Variant
 from router_tuning.execution import paying
 from tiny import token_ids
 
-ALL = Case(kv="all")
+ALL, WINDOW = Case(kv="all"), Case(kv="kept", sink=5, window=3)
+both_policies = pytest.mark.parametrize("case", [ALL, WINDOW], ids=str)
 every_phase = pytest.mark.parametrize("phase", ["uncached", *CHUNKS])
 
 
@@ -37,38 +41,58 @@ def skipping_pays() -> None:
 
 
 @every_phase
+@both_policies
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", sorted({*FIRST_FIVE, *REPRESENTATIVES}))
-def test_running_whole_changes_nothing(family: str, phase: str) -> None:
-    model, given = routed_model(Case(family, kv="all")), batch()
+def test_running_whole_changes_nothing(
+    family: str, implementation: str, case: Case, phase: str
+) -> None:
+    case = replace(case, family=family)
+    model, given = routed_model(case, attn_implementation=implementation), batch()
     chunks = CHUNKS.get(phase)
     with always_skipping(model):
         strict = run(model, given, chunks)
     decisions = strict.trace.decisions()
     whole = run(model, given, chunks, decisions=decisions)
-    assert any(unit.whole_BT is not None for unit in whole.trace.forwards[0].units.values())
+    ran_whole = [unit.whole_BT is not None for unit in whole.trace.forwards[0].units.values()]
+    assert any(ran_whole) or (case.window and family not in FIRST_FIVE)
+    assert_same_keys(strict.cache, whole.cache)
     assert difference(strict.logits, whole.logits, given.real) < LOGIT_TOLERANCE[torch.float32]
     assert whole.trace.kept_fraction() == strict.trace.kept_fraction()
     for name, keep in whole.trace.decisions().items():
         assert torch.equal(keep, decisions[name])
 
 
+def assert_same_keys(some: Any, other: Any) -> None:
+    """The kept keys of two caches are the same, of the same tokens."""
+    for a, b in zip(getattr(some, "layers", ()), getattr(other, "layers", ()), strict=True):
+        if getattr(a, "store", None) is not None:
+            assert torch.equal(a.store.columns_BS, b.store.columns_BS)
+            assert a.store.held() == b.store.held()
+            torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), rtol=1e-4, atol=1e-4)
+
+
 @every_phase
-def test_what_ran_whole_is_counted_as_such(phase: str) -> None:
-    model, given = routed_model(ALL), batch()
+@both_policies
+def test_what_ran_whole_is_counted_as_such(case: Case, phase: str) -> None:
+    model, given = routed_model(case), batch()
     with Counter(model) as counter:
         trace = run(model, given, CHUNKS.get(phase)).trace
     for unit in routing_of(model).units:
-        entered = 0
-        for forward in trace.forwards:
-            ran, real = int(forward.units[unit.name].ran_BT.sum()), int(forward.real_BT.sum())
-            entered += forward.real_BT.numel() if ran == real else ran
-            if forward.real_BT.shape[1] == 1:
-                assert forward.units[unit.name].whole_BT is None
+        entered, runs = 0, [forward.units[unit.name] for forward in trace.forwards]
+        for forward, of_unit in zip(trace.forwards, runs, strict=True):
+            ran, real = int(of_unit.ran_BT.sum()), int(forward.real_BT.sum())
+            dense_call = ran == real and (case.kv == "all" or not forward.start)
+            entered += forward.real_BT.numel() if dense_call else ran
+            if forward.real_BT.shape[1] == 1 or (case.window and forward.start):
+                assert of_unit.whole_BT is None
+        assert runs[0].whole_BT is not None or phase == "decode"
         assert set(counter.entered(unit.layer_idx, "query")) == {entered}
 
 
-def test_what_ran_whole_costs_what_torch_counts() -> None:
-    model, given = routed_model(ALL, attn_implementation="eager"), batch(padded=False)
+@both_policies
+def test_what_ran_whole_costs_what_torch_counts(case: Case) -> None:
+    model, given = routed_model(case, attn_implementation="eager"), batch(padded=False)
     with FlopCounterMode(display=False) as counted:
         trace = run(model, given).trace
     with FlopCounterMode(display=False) as counted_dense, dense(model):
@@ -80,8 +104,9 @@ def test_what_ran_whole_costs_what_torch_counts() -> None:
     assert counted.get_total_flops() - counted_dense.get_total_flops() == routers
 
 
-def test_a_cost_of_decisions_is_had_by_always_skipping() -> None:
-    model, ids = routed_model(ALL), token_ids(2, 20)
+@both_policies
+def test_a_cost_of_decisions_is_had_by_always_skipping(case: Case) -> None:
+    model, ids = routed_model(case), token_ids(2, 20)
     with torch.no_grad(), record(model) as free:
         model(ids)
     with torch.no_grad(), always_skipping(model), record(model) as strict:
@@ -120,6 +145,20 @@ def test_few_skipped_tokens_run_whole_and_many_do_not(kept: float, length: int) 
         whole = int((~unit.keep_BT).sum()) < least
         assert whole == (unit.whole_BT is not None)
         assert whole == (kept == 0.9 or length == 64)
+
+
+@pytest.mark.parametrize(
+    ("length", "kept", "whole"),
+    [(64, 0.2, True), (400, 0.9, True), (400, 0.7, False), (600, 0.97, False)],
+)
+def test_with_a_window_short_prompts_run_whole(length: int, kept: float, whole: bool) -> None:
+    model, ids = routed_model(WINDOW), token_ids(1, length)
+    keep = torch.rand((1, length), generator=torch.Generator().manual_seed(0)) < kept
+    decisions = {unit.name: keep for unit in routing_of(model).units}
+    with torch.no_grad(), replay(model, decisions), record(model) as trace:
+        model(ids)
+    for unit in trace.forwards[0].units.values():
+        assert (unit.whole_BT is not None) == whole
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,9 @@ def _key_cost(
         columns = _Columns.of(stretch, name, config)
         seen_BC = columns.seen(columns.permanent_BC, config.kv_window if name else 0, sliding)
         dense_seen_BC = columns.seen(columns.real_BC, 0, sliding)
-        pairs += columns.pairs(columns.ran_BC, seen_BC)
+        whole_BC = columns.whole_BC  # under a mask, which computes what it hides
+        pairs += columns.pairs(columns.ran_BC & ~whole_BC, seen_BC)
+        pairs += columns.pairs(whole_BC, dense_seen_BC)
         dense_pairs += columns.pairs(columns.real_BC, dense_seen_BC)
         if price.expand:
             expanded += _expanded(stretch, columns.ran_BC, columns.write_BC, seen_BC)
@@ -222,6 +224,8 @@ class _Columns:
 
     real_BC: Tensor
     ran_BC: Tensor
+    whole_BC: Tensor
+    """Queries that attended among all tokens, though some were skipped."""
     write_BC: Tensor
     """Keys that were made."""
     permanent_BC: Tensor
@@ -241,15 +245,18 @@ class _Columns:
             column_C = torch.arange(real_BC.shape[1], device=real_BC.device)
             begin_BC = torch.where(fresh_BC, column_C, 0).cummax(1).values
         ran_BC = write_BC = permanent_BC = real_BC
+        whole_BC = torch.zeros_like(real_BC)
         if name is not None:
             write_BC = stretch.columns(lambda f: _write_BT(f, name))
             ran_BC = stretch.columns(lambda f: f.units[name].ran_BT)
-            permanent_BC = real_BC if config.kv == "all" else ran_BC
+            whole_BC = stretch.columns(lambda f: _whole_BT(f, name))
+            keep_BC = stretch.columns(lambda f: f.units[name].keep_BT)
+            permanent_BC = real_BC if config.kv == "all" else keep_BC
             if config.kv == "kept" and config.kv_sink:
                 position_BC = _count(real_BC, begin_BC)  # from 1
-                permanent_BC = ran_BC | (real_BC & (position_BC <= config.kv_sink))
+                permanent_BC = keep_BC | (real_BC & (position_BC <= config.kv_sink))
         first_new = stretch.new[0].start
-        return cls(real_BC, ran_BC, write_BC, permanent_BC, begin_BC, first_new)
+        return cls(real_BC, ran_BC, whole_BC, write_BC, permanent_BC, begin_BC, first_new)
 
     def seen(self, permanent_BC: Tensor, window: int, sliding: int | None) -> Tensor:
         """How many keys a query at each column sees: permanent ones, and real ones among the latest
@@ -302,6 +309,12 @@ def _write_BT(forward: ForwardRecord, name: str) -> Tensor:
     write_BT = forward.units[name].write_BT
     assert write_BT is not None, f"{name} has no keys"
     return write_BT
+
+
+def _whole_BT(forward: ForwardRecord, name: str) -> Tensor:
+    """Queries of an attention that ran on all tokens of a forward."""
+    whole_BT = forward.units[name].whole_BT
+    return torch.zeros_like(forward.real_BT) if whole_BT is None else whole_BT
 
 
 def _router_flops(layer: nn.Module, kind: str) -> int:

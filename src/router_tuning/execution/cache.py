@@ -99,22 +99,29 @@ class KeptKeys:
         """Write tokens, ordered by row and then by column; row, column and whether they stay
         visible lie on the host. `seen` is advanced by `advance`, not here.
         """
-        if self.keys is None:
-            self.keys, self.values = (
-                x_NHD.new_zeros((len(self.lengths), x_NHD.shape[1], self.passing, x_NHD.shape[2]))
-                for x_NHD in (key_NHD, value_NHD)
-            )
         written: tuple[Tensor, ...] = (row_N, column_N, key_NHD, value_NHD)
-        if not bool(lasting_N.all()):  # with a window
+        stays = bool(lasting_N.all())
+        lasting = written if stays else _those(lasting_N, *written)
+        counts = self._by_row(lasting[0])
+        if self.keys is None:
+            self._begin(key_NHD, value_NHD, max(counts))
+        if not stays:  # with a window
             self._pass(*_those(~lasting_N, *written))
-            written = _those(lasting_N, *written)
-        counts = self._by_row(written[0])
         self._make_room(counts)
         for row, some in _stretches(counts):
             first = self.passing + self.lengths[row]
             number = some.stop - some.start
-            self._put(row, slice(first, first + number), *(x[some] for x in written[1:]))
+            self._put(row, slice(first, first + number), *(x[some] for x in lasting[1:]))
             self.lengths[row] += number
+
+    def _begin(self, key_NHD: Tensor, value_NHD: Tensor, number: int) -> None:
+        """Make room for the first tokens: so many lasting ones in a row."""
+        slots = self.passing + number
+        self.keys, self.values = (
+            x_NHD.new_zeros((len(self.lengths), x_NHD.shape[1], slots, x_NHD.shape[2]))
+            for x_NHD in (key_NHD, value_NHD)
+        )
+        self.columns_BS = torch.nn.functional.pad(self.columns_BS, (0, number), value=-1)
 
     def _pass(self, row_N: Tensor, column_N: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
         """Put skipped tokens behind those before them, which move up: few keys, and an attention

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from router_tuning.errors import UnsupportedCallError
@@ -21,10 +20,10 @@ from router_tuning.execution.handover import Sent
 from router_tuning.execution.standing_in import can_stand_in, own_forward, standing_in
 from router_tuning.execution.visibility import (
     additive,
-    causal,
+    allowed_keys,
+    kept_keys,
     permanent,
     recent,
-    sliding_window_of,
 )
 from router_tuning.execution.weighed import KeyWeights, WeighedRun
 from router_tuning.units import Unit
@@ -70,8 +69,8 @@ def _with_kept_keys(
             f'{implementation!r} does not take; load the model with attn_implementation="sdpa" or '
             '"eager"'
         )
-    allowed = _allowed(attention, call, context)
-    shown = _kept_keys(allowed, keep_BT, context)
+    allowed = allowed_keys(attention, call.mask, context)
+    shown = kept_keys(allowed, keep_BT, context)
     weights = _key_weights(decided, allowed, shown, context)
     if weights is None:
         mask = shown if implementation == "sdpa" else additive(shown, call.x_BTD.dtype)
@@ -91,27 +90,6 @@ def _with_kept_keys(
     return call.run(dense_forward)
 
 
-def _allowed(attention: nn.Module, call: UnitCall, context: ForwardContext) -> Tensor:
-    """What the attention's own mask shows, as bool: (B or 1, 1, T, T)."""
-    allowed = _as_bool(call.mask)
-    if allowed is None:
-        column_1T = context.column_T[None]
-        allowed = causal(column_1T, column_1T, sliding_window_of(attention))[:, None]
-    return allowed
-
-
-def _kept_keys(allowed: Tensor, keep_BT: Tensor, context: ForwardContext) -> Tensor:
-    """The same without the keys of skipped tokens: (B, 1, T, T)."""
-    column_1T = context.column_T[None]
-    visible = permanent(keep_BT, context)[:, None, :] | recent(
-        column_1T, column_1T, context.config.kv_window
-    )
-    # A skipped query before any kept key would see nothing and give NaN; its own key is harmless,
-    # since its output is gated to zero.
-    diagonal = torch.eye(keep_BT.shape[1], dtype=torch.bool, device=keep_BT.device)
-    return allowed & visible[:, None] | diagonal
-
-
 def _key_weights(
     decided: Decided, allowed: Tensor, shown: Tensor, context: ForwardContext
 ) -> KeyWeights | None:
@@ -126,14 +104,3 @@ def _key_weights(
     column_1T = context.column_T[None]
     nearby = recent(column_1T, column_1T, max(context.config.kv_window, 1))
     return KeyWeights(gate_BT, shown, allowed & ~nearby[:, None])
-
-
-def _as_bool(mask: Any) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
-        raise UnsupportedCallError(
-            f"expected a 4-D attention mask from the model, got {type(mask).__name__}; "
-            f'load the model with attn_implementation="sdpa" or "eager"'
-        )
-    return mask if mask.dtype == torch.bool else mask >= 0

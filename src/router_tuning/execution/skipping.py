@@ -19,6 +19,7 @@ from router_tuning.execution.grouped import grouped_run
 from router_tuning.execution.keys import keys_of, lasting, store_all, store_kept, written
 from router_tuning.execution.paying import runs_whole
 from router_tuning.execution.places import MadeKeys, Places
+from router_tuning.execution.whole import whole_call
 from router_tuning.units import Unit, first_of
 
 
@@ -38,10 +39,8 @@ def skipping_call(
     if (layer is None or layer.store is None) and decided.everything(context):
         decided.note(unit, context, context.real_BT)
         return first_of(call.run(dense_forward))
-    if runs_whole(decided, call.x_BTD, unit, context):
-        decided.note(unit, context, context.real_BT, context.real_BT)
-        output_BTD = first_of(call.run(dense_forward))
-        return output_BTD.masked_fill(~decided.keep_BT[..., None], 0)
+    if runs_whole(attention, decided, call.x_BTD, unit, context):
+        return whole_call(dense_forward, attention, call, decided, layer, unit, context)
     write_BT = written(decided, call, context)
     decided.note(unit, context, write_BT)
     if layer is not None and context.config.kv == "kept":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from router_tuning.errors import UnsupportedCallError
 from router_tuning.execution.context import ForwardContext
@@ -49,6 +49,36 @@ def permanent(keep_BT: Tensor, context: ForwardContext) -> Tensor:
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as eager attention adds it to its scores: 0 where True, else the lowest number."""
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def allowed_keys(attention: nn.Module, mask: Any, context: ForwardContext) -> Tensor:
+    """What an attention's own mask shows over an empty cache, as bool: (B or 1, 1, T, T)."""
+    if mask is None:
+        column_1T = context.column_T[None]
+        return causal(column_1T, column_1T, sliding_window_of(attention))[:, None]
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise UnsupportedCallError(
+            f"expected a 4-D attention mask from the model, got {type(mask).__name__}; "
+            f'load the model with attn_implementation="sdpa" or "eager"'
+        )
+    return mask if mask.dtype == torch.bool else mask >= 0
+
+
+def kept_keys(allowed: Tensor, keep_BT: Tensor, context: ForwardContext) -> Tensor:
+    """The same without the keys of skipped tokens: (B, 1, T, T)."""
+    far_BT = permanent(keep_BT, context)
+    return near_keys(allowed, context) | allowed & far_BT[:, None, None]
+
+
+def near_keys(allowed: Tensor, context: ForwardContext) -> Tensor:
+    """What of it shows whatever is decided, the window and a token's own key: (B or 1, 1, T, T).
+    A skipped query before any kept key would else see nothing and give NaN; its own key is
+    harmless, since nobody reads what it gives.
+    """
+    column_1T = context.column_T[None]
+    near = recent(column_1T, column_1T, context.config.kv_window)[:, None]
+    diagonal = torch.eye(near.shape[-1], dtype=torch.bool, device=near.device)
+    return allowed & near | diagonal
 
 
 def check_packed(mask: Any, context: ForwardContext) -> None:
