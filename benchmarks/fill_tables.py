@@ -22,6 +22,7 @@ import recovery_tables
 import routing_tables
 import screen_tables
 import speed_tables
+import sweep_tables
 import task_tables
 from places import RESULTS, ROOT, read
 
@@ -81,6 +82,8 @@ def results() -> list[str]:
     for model in MODELS:
         paths = (RESULTS / f"quality-{model}.json", RESULTS / f"quality-lm-{model}.json")
         parts += [quality_tables.everything(path, "../") for path in paths if path.exists()]
+    sweeps = [RESULTS / f"quality-{model}.json" for model in MODELS]
+    parts += [table for path in sweeps if (table := sweep_tables.swept(path, "../"))]
     screens = [RESULTS / f"screen-{model}.json" for model in MODELS]
     parts += [screen_tables.screened(path, "../") for path in screens if path.exists()]
     parts += [task_tables.tasks(path, "../") for path in sorted(RESULTS.glob("tasks-*.json"))]
