@@ -47,9 +47,9 @@ def _table(path: Path, root: str, document: dict[str, Any], runs: list[Run]) -> 
     lines = [
         f"**One adapter for many budgets: {document['run']['model']}, "
         f"{NAMES[runs[0]['setting']]}** (seed {runs[0]['seed']}; {link(path, root)}). Extra loss "
-        "in nats a token at kept fractions, of adapters tuned to one budget each by the same recipe; "
-        "at the end, by how much more the one tuned to the smallest loses than the one tuned to "
-        "the kept fraction itself:",
+        "in nats a token at kept fractions, of adapters tuned to one budget each by the same "
+        "recipe; at the end, by how much more the one tuned to the smallest loses than the one "
+        "tuned to the kept fraction itself:",
         "",
         f"| tuned to | {' | '.join(columns)} |",
         "|---|" + "---|" * len(columns),
