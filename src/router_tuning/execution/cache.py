@@ -108,11 +108,14 @@ class KeptKeys:
         if not stays:  # with a window
             self._pass(*_those(~lasting_N, *written))
         self._make_room(counts)
-        for row, some in _stretches(counts):
-            first = self.passing + self.lengths[row]
-            number = some.stop - some.start
-            self._put(row, slice(first, first + number), *(x[some] for x in lasting[1:]))
-            self.lengths[row] += number
+        if len(counts) > 1 and max(counts) == 1:
+            self._put_one_each(*lasting)
+        else:
+            for row, some in _stretches(counts):
+                first = self.passing + self.lengths[row]
+                slots = slice(first, first + counts[row])
+                self._put(row, slots, *(x[some] for x in lasting[1:]))
+        self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
 
     def _begin(self, key_NHD: Tensor, value_NHD: Tensor, number: int) -> None:
         """Make room for the first tokens: so many lasting ones in a row."""
@@ -154,6 +157,18 @@ class KeptKeys:
         self.keys[row, :, slots] = key.transpose(0, 1)
         self.values[row, :, slots] = value.transpose(0, 1)
         self.columns_BS[row, slots] = column_N
+
+    def _put_one_each(
+        self, row_N: Tensor, column_N: Tensor, key_NHD: Tensor, value_NHD: Tensor
+    ) -> None:
+        """Put a token behind those of each of some rows, as decoding does: all in one operation."""
+        assert self.keys is not None
+        assert self.values is not None
+        slot_N = torch.tensor([self.passing + self.lengths[row] for row in row_N.tolist()])
+        self.columns_BS[row_N, slot_N] = column_N
+        there = row_N.to(self.keys.device), slice(None), slot_N.to(self.keys.device)
+        self.keys[there] = key_NHD.to(self.keys.dtype)
+        self.values[there] = value_NHD.to(self.values.dtype)
 
     def advance(self, tokens: int) -> None:
         """Note that `tokens` more columns have gone by, written or not."""
