@@ -111,7 +111,7 @@ class ForwardContext:
     """Whether units may run for skipped tokens too where that is faster (paying.py)."""
     stand_ins: dict[nn.Module, Any] = field(default_factory=dict)
     """What attends for the attentions inside routed blocks (standing_in.py)."""
-    shown: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    shown: dict[Any, tuple[Any, Tensor, Tensor]] = field(default_factory=dict)
     """Masks that attentions share which run whole (whole.py)."""
 
     @functools.cached_property

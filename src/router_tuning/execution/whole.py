@@ -80,6 +80,7 @@ def _shown(attention: nn.Module, mask: Any, keep_BT: Tensor, context: ForwardCon
     of = id(mask), sliding_window_of(attention)
     if of not in context.shown:
         allowed = allowed_keys(attention, mask, context)
-        context.shown[of] = allowed, near_keys(allowed, context)
-    allowed, near = context.shown[of]
+        # With the mask itself, so that its number is not given to another.
+        context.shown[of] = mask, allowed, near_keys(allowed, context)
+    _, allowed, near = context.shown[of]
     return near | allowed & permanent(keep_BT, context)[:, None, None]
