@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from router_tuning.cli.records import write_json
 from router_tuning.execution import rows
+from router_tuning.execution.window import tells_sums
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 """Of SmolLM2-135M."""
@@ -105,12 +106,14 @@ def _windowed(tokens: int, share: float, made: dict[str, Any]) -> Ways:
         with mock.patch.object(rows, "MANY", many):
             return rows.attend(rows.Kernel(None, None, {}), kept, column_L, keys, reach)
 
-    return {
+    ways = {
         "dense, causal": lambda: sdpa(query, key, value, is_causal=True, enable_gqa=True),
         "kept keys only, causal": lambda: sdpa(kept, *short, is_causal=True, enable_gqa=True),
         "blocks under masks": lambda: read(tokens),
-        "lasting keys and the window's apart": lambda: read(1),
     }
+    if tells_sums(kept, key, value):
+        ways["lasting keys and the window's apart"] = lambda: read(1)
+    return ways
 
 
 def _one_query(number: int, tokens: int, made: dict[str, Any]) -> Ways:

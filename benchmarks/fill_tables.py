@@ -83,7 +83,8 @@ def results() -> list[str]:
         paths = (RESULTS / f"quality-{model}.json", RESULTS / f"quality-lm-{model}.json")
         parts += [quality_tables.everything(path, "../") for path in paths if path.exists()]
     sweeps = [RESULTS / f"quality-{model}.json" for model in MODELS]
-    parts += [table for path in sweeps if (table := sweep_tables.swept(path, "../"))]
+    tables = [sweep_tables.swept(path, "../") for path in sweeps if path.exists()]
+    parts += [table for table in tables if table]
     screens = [RESULTS / f"screen-{model}.json" for model in MODELS]
     parts += [screen_tables.screened(path, "../") for path in screens if path.exists()]
     parts += [task_tables.tasks(path, "../") for path in sorted(RESULTS.glob("tasks-*.json"))]

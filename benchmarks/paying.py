@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--kv", choices=("all", "kept"), default="all")
     parser.add_argument("--kv-sink", type=int, default=0)
     parser.add_argument("--kv-window", type=int, default=0)
+    parser.add_argument("--rows", default="1")
     parser.add_argument("--lengths", default="256,512,1024,2048,4096")
     parser.add_argument("--kept", default="0.9,0.8,0.7,0.6,0.5")
     parser.add_argument("--repeats", type=int, default=5)
@@ -61,12 +62,13 @@ def main() -> None:
     policy = {"kv": options.kv, "kv_sink": options.kv_sink, "kv_window": options.kv_window}
     attach(model, RoutingConfig(granularity="attn_token", **policy))
     cells = [
-        (int(length), float(kept))
+        (int(rows), int(length), float(kept))
+        for rows in options.rows.split(",")
         for length in options.lengths.split(",")
         for kept in options.kept.split(",")
     ]
     with torch.no_grad(), blocks_kept():
-        found = [_cell(model, length, kept, options) for length, kept in track(cells, "Measuring")]
+        found = [_cell(model, *cell, options) for cell in track(cells, "Measuring")]
     result = {
         "model": options.model,
         **policy,
@@ -76,13 +78,15 @@ def main() -> None:
     write_json(Path(options.json), result)
 
 
-def _cell(model: Any, length: int, kept: float, options: argparse.Namespace) -> dict[str, Any]:
+def _cell(
+    model: Any, rows: int, length: int, kept: float, options: argparse.Namespace
+) -> dict[str, Any]:
     """Median seconds of each way, and over dense; and how many attentions ran whole."""
     generator = torch.Generator().manual_seed(options.seed)
     device = next(model.parameters()).device
-    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(device)
+    ids = torch.randint(model.config.vocab_size, (rows, length), generator=generator).to(device)
     drawn = {
-        unit.name: (torch.rand((1, length), generator=generator) < kept).to(device)
+        unit.name: (torch.rand((rows, length), generator=generator) < kept).to(device)
         for unit in routing_of(model).units
     }
     took: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -95,6 +99,7 @@ def _cell(model: Any, length: int, kept: float, options: argparse.Namespace) -> 
     seconds = {way: statistics.median(times[1:]) for way, times in took.items()}
     over = {way: seconds[way] / seconds["dense"] for way in WAYS[1:]}
     return {
+        "rows": rows,
         "tokens": length,
         "kept": kept,
         "seconds": seconds,

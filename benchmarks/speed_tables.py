@@ -87,7 +87,7 @@ def paying(path: Path, root: str) -> str:
     document = read(path)
     run, found = document["run"], document["found"]
     shares = sorted({cell["kept"] for cell in found}, reverse=True)
-    cells = {(cell["tokens"], cell["kept"]): cell for cell in found}
+    cells = {(cell.get("rows", 1), cell["tokens"], cell["kept"]): cell for cell in found}
     lines = [
         f"**Where skipping pays with {_policy(document)}, on {document['model']}** "
         f"({run['device']}, {run['dtype']}, {run['threads']} threads{instructions(run)}, "
@@ -95,16 +95,16 @@ def paying(path: Path, root: str) -> str:
         "under random masks that keep so much: skipping always, and as chosen; "
         "in brackets the part of the attentions that then ran whole:",
         "",
-        "| tokens | " + " | ".join(f"{kept:g}" for kept in shares) + " |",
+        "| rows x tokens | " + " | ".join(f"{kept:g}" for kept in shares) + " |",
         "|---|" + "---|" * len(shares),
     ]
-    for tokens in sorted({cell["tokens"] for cell in found}):
+    for rows, tokens in sorted({shape[:2] for shape in cells}):
         row = []
         for kept in shares:
-            cell = cells[tokens, kept]
+            cell = cells[rows, tokens, kept]
             over = cell["over_dense"]
             row.append(f"{over['skipping']:.2f}, {over['chosen']:.2f} ({cell['ran_whole']:.0%})")
-        lines.append(f"| {tokens} | " + " | ".join(row) + " |")
+        lines.append(f"| {rows} x {tokens} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

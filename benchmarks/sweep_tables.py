@@ -26,8 +26,12 @@ def _groups(runs: list[Run]) -> list[list[Run]]:
         tuning = {name: value for name, value in run["tuning"].items() if name != "budget"}
         key = json.dumps([run["setting"], run["seed"], tuning], sort_keys=True)
         found.setdefault(key, []).append(run)
-    several = [group for group in found.values() if len(group) >= LEAST]
+    several = [group for group in found.values() if len(_budgets(group)) >= LEAST]
     return [sorted(group, key=lambda run: -run["tuning"]["budget"]) for group in several]
+
+
+def _budgets(runs: list[Run]) -> set[float]:
+    return {run["tuning"]["budget"] for run in runs}
 
 
 def _table(path: Path, root: str, document: dict[str, Any], runs: list[Run]) -> str:

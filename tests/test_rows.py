@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from laws import FIRST_FIVE, Case, assert_close, batch, routed_model, run
+from laws import (
+    FIRST_FIVE,
+    LOGIT_TOLERANCE,
+    Case,
+    assert_close,
+    batch,
+    difference,
+    routed_model,
+    run,
+)
 from router_tuning.execution import rows
+from router_tuning.execution import window as window_module
 from router_tuning.execution.rows import Kernel, Reach, RowKeys, attend
 from router_tuning.execution.window import tells_sums
 from router_tuning.units import decoder_layers, decoder_of
@@ -121,6 +132,31 @@ def test_a_window_read_apart_gives_what_the_formula_says(
     assert (output - plainly(query, keys, seen_LK)).abs().max() < 1e-5
 
 
+@needs_sums
+def test_a_long_skipped_stretch_is_not_read_where_no_query_sees_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else each block of queries would be filled up to its length."""
+    keep_T = torch.arange(600) % 5 != 0
+    keep_T[200:500] = False
+    query, column_L, keys = keys_of_a_prompt(600, keep_T, 4)
+    reach = Reach(7, None)
+    read: list[int] = []
+    at = window_module._at
+
+    def watched(x: Tensor, slots: Tensor) -> Tensor:
+        read.append(slots.shape[-1])
+        return at(x, slots)
+
+    monkeypatch.setattr(window_module, "_at", watched)
+    monkeypatch.setattr(rows, "MANY", 1)
+    output = attend(KERNELS["sdpa"](), query, column_L, keys, reach)
+    seen_LK = reach.sees(column_L, keys, torch.arange(600))
+    assert (output - plainly(query, keys, seen_LK)).abs().max() < 1e-5
+    lasting, near = 241, 13  # and of skipped ones 6 of the gap, and each fifth of 32 and a window
+    assert read == [lasting, lasting, near, near]
+
+
 def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
     """One entry for each call of a module's function from now on."""
     calls: list[int] = []
@@ -134,7 +170,8 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list
     return calls
 
 
-@pytest.mark.parametrize("why", ["sliding", "order", "other keys", "gradient", "eager"])
+@needs_sums
+@pytest.mark.parametrize("why", ["sliding", "order", "other keys", "gradient", "eager", "width"])
 def test_a_window_is_not_read_apart_where_that_would_be_wrong(
     why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +183,8 @@ def test_a_window_is_not_read_apart_where_that_would_be_wrong(
         keys = RowKeys(*(x.flip(0 if x.ndim == 1 else 2) for x in parts))  # type: ignore[union-attr]
     if why == "other keys":  # of a conversation's earlier forward
         query, column_L = query[:, :, -20:], column_L[-20:]
+    if why == "width":
+        keys = replace(keys, value=torch.cat([keys.value, keys.value], dim=-1))
     query.requires_grad_(why == "gradient")
     seen_LK = reach.sees(column_L, keys, torch.arange(200))
     monkeypatch.setattr(rows, "MANY", 1)
@@ -153,6 +192,19 @@ def test_a_window_is_not_read_apart_where_that_would_be_wrong(
     output = attend(KERNELS["eager" if why == "eager" else "sdpa"](), query, column_L, keys, reach)
     assert not asked
     assert (output - plainly(query, keys, seen_LK)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", [*FIRST_FIVE, "gpt2"])
+def test_under_autocast_a_window_is_read_in_blocks(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel that tells its sums is not on autocast's list."""
+    model, given = routed_model(Case(family, "attn_token", "kept", 5, 3)), batch(length=40)
+    full = run(model, given)
+    monkeypatch.setattr(rows, "MANY", 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = run(model, given, decisions=full.trace.decisions())
+    assert difference(half.logits, full.logits, given.real) < LOGIT_TOLERANCE[torch.bfloat16]
 
 
 @needs_sums

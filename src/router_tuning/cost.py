@@ -1,7 +1,8 @@
 """FLOPs, bytes of weights and bytes of the cache of what a trace ran. Counts, no clock.
 
 A multiply and an add are two FLOPs. Counted are the linear layers, the routers, the attention's
-scores and weighted sums (over the visible pairs of query and key only) and the output head; norms,
+scores and weighted sums (over the visible pairs of query and key only, and where an attention
+ran whole over the dense call's) and the output head; norms,
 rotations and activations are left out, in the routed and the dense model alike. Of experts, those
 are counted that a token goes through. Where a cache holds keys in a short form (latent attention),
 making the long one counts for each key left in the cache and each new one, in each forward. LoRA of
@@ -158,7 +159,7 @@ def _key_cost(
         columns = _Columns.of(stretch, name, config)
         seen_BC = columns.seen(columns.permanent_BC, config.kv_window if name else 0, sliding)
         dense_seen_BC = columns.seen(columns.real_BC, 0, sliding)
-        whole_BC = columns.whole_BC  # under a mask, which computes what it hides
+        whole_BC = columns.whole_BC  # counted as the dense call's pairs
         pairs += columns.pairs(columns.ran_BC & ~whole_BC, seen_BC)
         pairs += columns.pairs(whole_BC, dense_seen_BC)
         dense_pairs += columns.pairs(columns.real_BC, dense_seen_BC)

@@ -39,9 +39,9 @@ LEAST_SHARE, LEAST_SHARE_AMX = 0.25, 0.45
 LEAST_TOKENS, LEAST_TOKENS_AMX = 64, 256
 """That have to be skipped in a row beside those, for what blocks and gathering cost at any length.
 """
-LEAST_PAIRS, LONGEST = 25_000, 512
-"""With a window: pairs of a skipped query and a token of its row that have to be left out, and up
-to what length, since the mask is over all pairs.
+LEAST_PAIRS, LEAST_SHARE_WINDOW, LONGEST = 25_000, 0.4, 512
+"""With a window: pairs of a skipped token and another that a row has to leave out, or this share of
+its tokens, and from which length on it need not, since the mask is over all pairs.
 """
 
 
@@ -58,7 +58,8 @@ def runs_whole(
         return False
     skipped = rows * length - decided.num_kept  # padding too: a dense call computes it
     if context.config.kv == "kept":
-        few = skipped * length < rows * LEAST_PAIRS and length <= LONGEST
+        least = rows * min(LEAST_PAIRS / length, LEAST_SHARE_WINDOW * length)
+        few = skipped < least and length <= LONGEST
         return few and bool(context.config.kv_window) and _may_hide_keys(attention, context)
     share, tokens = _least(x_BTD)
     return skipped < rows * (share * length + tokens)

@@ -36,6 +36,8 @@ BLOCK, LONG_BLOCK, LONG = 64, 256, 2048
 """Queries that share a mask, and how many do among so many keys or more."""
 MANY = 700
 """Queries from which on a window's keys go apart."""
+FEW = 64
+"""Lasting keys beside the queries' own that may then ask along, for nothing."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _goes_in_two(
     ordered = first >= 0 and bool((column_K[1:] > column_K[:-1]).all())
     dropout = kernel.kwargs.get("dropout", 0.0)
     served = not dropout and tells_sums(query, keys.key, keys.value)
-    return others < BLOCK and in_reach and ordered and served
+    return others < FEW and in_reach and ordered and served
 
 
 def _in_two(kernel: Kernel, query: Tensor, column_L: Tensor, keys: RowKeys, reach: Reach) -> Tensor:

@@ -66,8 +66,12 @@ def allowed_keys(attention: nn.Module, mask: Any, context: ForwardContext) -> Te
 
 def kept_keys(allowed: Tensor, keep_BT: Tensor, context: ForwardContext) -> Tensor:
     """The same without the keys of skipped tokens: (B, 1, T, T)."""
-    far_BT = permanent(keep_BT, context)
-    return near_keys(allowed, context) | allowed & far_BT[:, None, None]
+    return shown_keys(allowed, near_keys(allowed, context), keep_BT, context)
+
+
+def shown_keys(allowed: Tensor, near: Tensor, keep_BT: Tensor, context: ForwardContext) -> Tensor:
+    """The same where the near keys are known."""
+    return near | allowed & permanent(keep_BT, context)[:, None, None]
 
 
 def near_keys(allowed: Tensor, context: ForwardContext) -> Tensor:

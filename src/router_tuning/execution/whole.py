@@ -20,7 +20,7 @@ from router_tuning.execution.visibility import (
     additive,
     allowed_keys,
     near_keys,
-    permanent,
+    shown_keys,
     sliding_window_of,
 )
 from router_tuning.units import Unit, first_of
@@ -83,4 +83,4 @@ def _shown(attention: nn.Module, mask: Any, keep_BT: Tensor, context: ForwardCon
         # With the mask itself, so that its number is not given to another.
         context.shown[of] = mask, allowed, near_keys(allowed, context)
     _, allowed, near = context.shown[of]
-    return near | allowed & permanent(keep_BT, context)[:, None, None]
+    return shown_keys(allowed, near, keep_BT, context)

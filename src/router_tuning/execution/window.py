@@ -13,6 +13,7 @@ skipped tokens.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,22 +28,27 @@ NEVER = torch.iinfo(torch.int64).max
 
 def tells_sums(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether there is a kernel that tells the logarithms of its sums, and no gradient is asked
-    for: torch's public function tells none, of its kernels only the CPU's was tried.
+    for: torch's public function tells none, of its kernels only the CPU's was tried. Autocast does
+    not know it.
     """
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    alike = key.shape[-1] == value.shape[-1]
-    return query.device.type == "cpu" and alike and not wanted and _flash_tells_sums()
+    parts = query, key, value
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in parts)
+    alike = key.shape[-1] == value.shape[-1] and len({x.dtype for x in parts}) == 1
+    plain = query.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return plain and alike and not wanted and _flash_tells_sums()
 
 
 @functools.cache
 def _flash_tells_sums() -> bool:
     """Whether this torch has the CPU's kernel, for grouped heads too. It is not public."""
-    query, key = torch.zeros(1, 2, 1, 8), torch.ones(1, 1, 1, 8)
+    query = torch.zeros(1, 4, 2, 8)
+    value = torch.tensor([1.0, 3.0])[None, :, None, None].expand(1, 2, 2, 8)  # of two groups
     try:
-        output, sums = _flash(query, key, key, None)
+        output, sums = _flash(query, value, value, None)
+        of_heads = output[0, :, 1, 0].tolist() == [1.0, 1.0, 3.0, 3.0]
+        return of_heads and bool((sums[0, :, 1] - math.log(2)).abs().max() < 1e-6)
     except (AttributeError, RuntimeError):
         return False
-    return torch.equal(output, torch.ones_like(query)) and torch.equal(sums, torch.zeros(1, 2, 1))
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -107,6 +113,13 @@ def _causal(
     return output, sums
 
 
+def _in_a_window(column_L: Tensor, skipped_K: Tensor, window: int) -> Tensor:
+    """Indices of the skipped tokens that a query sees: of a long stretch only the end."""
+    behind_K = torch.searchsorted(column_L, skipped_K).clamp(max=len(column_L) - 1)
+    away_K = column_L[behind_K] - skipped_K  # the first query behind a token
+    return ((away_K >= 0) & (away_K < window)).nonzero()[:, 0]
+
+
 @dataclass(frozen=True)
 class _Near:
     """Which skipped tokens the blocks of queries lie beside, and which of these each query sees."""
@@ -120,17 +133,20 @@ class _Near:
     @classmethod
     def of(cls, column_L: Tensor, skipped_K: Tensor, window: int) -> _Near | None:
         """For queries at these columns; None where none sees a skipped token."""
+        near_K = _in_a_window(column_L, skipped_K, window)
+        if not len(near_K):
+            return None
+        skipped_K = skipped_K[near_K]
         filling = -len(column_L) % BLOCK
         column_NQ = torch.cat([column_L, column_L[-1:].expand(filling)]).view(-1, BLOCK)
         first_N = torch.searchsorted(skipped_K, column_NQ[:, 0] - window, right=True)
         end_N = torch.searchsorted(skipped_K, column_NQ[:, -1].contiguous())
         most = int((end_N - first_N).max())
-        if not most:
-            return None
         index_NP = first_N[:, None] + torch.arange(most)
         beyond_NP = index_NP >= end_N[:, None]
         index_NP = index_NP.clamp(max=len(skipped_K) - 1)
         near_NP = skipped_K[index_NP].masked_fill(beyond_NP, NEVER)
+        index_NP = near_K[index_NP]
         away_NQP = column_NQ[:, :, None] - near_NP[:, None]
         return cls(index_NP, (away_NQP >= 0) & (away_NQP < window), len(column_L))
 
