@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -89,7 +90,7 @@ def _some_of(tokens: int, share: float, made: dict[str, Any]) -> Ways:
         "dense, causal": lambda: sdpa(query, key, value, is_causal=True, enable_gqa=True),
         "kept keys only, causal": lambda: sdpa(kept, *short, is_causal=True, enable_gqa=True),
         "one masked call": lambda: sdpa(kept, key, value, whole, enable_gqa=True),
-        **{f"blocks of {n}": lambda n=n: blocks(n) for n in (16, 32, 64, 128, 256)},
+        **{f"blocks of {n}": partial(blocks, n) for n in (16, 32, 64, 128, 256)},
     }
 
 
@@ -98,7 +99,7 @@ def _windowed(tokens: int, share: float, made: dict[str, Any]) -> Ways:
     query, key, value = (torch.randn(1, h, tokens, WIDTH, **made) for h in _HEADS)
     keep_T = torch.rand(tokens) < share
     column_L = keep_T.nonzero()[:, 0]
-    kept, *short = (x[:, :, keep_T.to(x.device)] for x in (query, key, value))
+    kept, *some = (x[:, :, keep_T.to(x.device)] for x in (query, key, value))
     lasting_T = keep_T | (torch.arange(tokens) < 4)
     keys, reach = rows.RowKeys(key, value, torch.arange(tokens), lasting_T), rows.Reach(16, None)
 
@@ -108,7 +109,9 @@ def _windowed(tokens: int, share: float, made: dict[str, Any]) -> Ways:
 
     ways = {
         "dense, causal": lambda: sdpa(query, key, value, is_causal=True, enable_gqa=True),
-        "kept keys only, causal": lambda: sdpa(kept, *short, is_causal=True, enable_gqa=True),
+        "kept keys only, causal": lambda: sdpa(
+            kept, some[0], some[1], is_causal=True, enable_gqa=True
+        ),
         "blocks under masks": lambda: read(tokens),
     }
     if tells_sums(kept, key, value):
@@ -132,7 +135,7 @@ def _one_query(number: int, tokens: int, made: dict[str, Any]) -> Ways:
 
     return {
         "loop on views, groups as rows": lambda: loop(grouped),
-        "loop on views, enable_gqa": lambda: loop(lambda *x: sdpa(*x, enable_gqa=True)),
+        "loop on views, enable_gqa": lambda: loop(partial(sdpa, enable_gqa=True)),
         "gathered rows, groups as rows": lambda: grouped(query[index], key[index], value[index]),
         "all rows under a mask, groups as rows": lambda: grouped(query, key, value, mask),
         "all rows, enable_gqa": lambda: sdpa(query, key, value, enable_gqa=True),

@@ -63,17 +63,21 @@ def main() -> None:
 def _mlps(decoder: Any) -> Run:
     """All of them, one after the other: their weights are as cold as in a model that runs."""
 
+    layers: list[Any] = decoder_layers(decoder)
+
     def run(x_1TD: torch.Tensor) -> None:
-        for layer in decoder_layers(decoder):
+        for layer in layers:
             layer.mlp(x_1TD)
 
     return run
 
 
 def _attentions(decoder: Any) -> Run:
+    layers: list[Any] = decoder_layers(decoder)
+
     def run(x_1TD: torch.Tensor) -> None:
         rotary = decoder.rotary_emb(x_1TD, torch.arange(x_1TD.shape[1], device=x_1TD.device)[None])
-        for layer in decoder_layers(decoder):
+        for layer in layers:
             layer.self_attn(x_1TD, position_embeddings=rotary, attention_mask=None)
 
     return run

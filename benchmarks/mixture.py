@@ -220,7 +220,7 @@ def _pretrain(options: argparse.Namespace, work: Path, parts: dict[str, Any]) ->
         eval_dataset=WindowDataset(held),
     )
     checkpoints = work / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None  # type: ignore[no-untyped-call]
     began, began_cpu = time.time(), time.process_time()
     trainer.train(resume_from_checkpoint=last)
     took, took_cpu = time.time() - began, time.process_time() - began_cpu
@@ -253,7 +253,8 @@ class _Pretraining(Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
-        self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        model: Any = self.model
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
 
 
 def _tokenizer(options: argparse.Namespace, examples: list[Example]) -> PreTrainedTokenizerFast:
@@ -268,7 +269,8 @@ def _tokenizer(options: argparse.Namespace, examples: list[Example]) -> PreTrain
         show_progress=False,
     )
     tokenizer.train_from_iterator(map(_characters, examples), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    fast: type[Any] = PreTrainedTokenizerFast
+    return fast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
 def _config(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> OlmoeConfig:

@@ -6,6 +6,7 @@ of the cache. Read at the same kept fraction, the two give a curve. Run by fill_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from places import RESULTS, link, read
 from quality_tables import Curve
 from speed_tables import instructions
 
-COSTS = {
+COSTS: dict[str, Callable[[dict[str, Any], str], float]] = {
     "FLOPs of a prompt": lambda cell, who: _flops(cell, who),
     "time of a prompt": lambda cell, who: cell["prefill"]["over_dense"][who],
     "time of a new token": lambda cell, who: cell["decode"]["over_dense"][who],

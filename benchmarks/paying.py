@@ -122,7 +122,7 @@ def _seconds(model: Any, ids: Tensor, drawn: dict[str, Tensor], way: str) -> flo
 
 
 def _prefill(model: Any, ids: Tensor) -> None:
-    decoder = decoder_of(model)
+    decoder: Any = decoder_of(model)
     cache = {cache_argument(decoder): DynamicCache(config=decoder.config)}
     model(input_ids=ids, use_cache=True, logits_to_keep=last_columns(1, ids.device), **cache)
 

@@ -103,7 +103,9 @@ def weigh_by_routers(model: nn.Module) -> None:
     decoder = decoder_of(model)
     routers = routers_of(model)
     for unit in routing_of(model).units:
-        nn.init.normal_(input_weight(routers[unit.name]), std=INIT_STD)
+        drawn = input_weight(routers[unit.name])
+        assert drawn is not None
+        nn.init.normal_(drawn, std=INIT_STD)
         layer = decoder_layers(decoder)[unit.layer_idx]
         weight = _Weight(unit)
         routers[unit.name].register_forward_hook(weight.note)
@@ -174,7 +176,9 @@ class ThresholdTrainer(RouterTrainerMixin, Trainer):
             left = 1 - step / max(self.state.max_steps, step, 1)
             return min(left / max(self.args.cooldown_fraction, 1e-9), 1.0)
 
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        assert optimizer is not None
+        self.lr_scheduler = LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
 
@@ -257,6 +261,7 @@ class OfficialTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Cross entropy and hinge."""
+        assert self.model is not None
         with record(self.model) as trace:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.hinge_weight:
@@ -268,5 +273,6 @@ def hinge(forward: ForwardRecord, capacity: float) -> Tensor:
     """By how much each unit's kept fraction exceeds the capacity, summed over units. No gradient
     reaches a unit that keeps less.
     """
-    gates = [unit.soft_BT[forward.real_BT] for unit in forward.units.values()]
+    soft = [unit.soft_BT for unit in forward.units.values()]
+    gates = [soft_BT[forward.real_BT] for soft_BT in soft if soft_BT is not None]
     return torch.stack([torch.relu(gate_N.mean() - capacity) for gate_N in gates]).sum()

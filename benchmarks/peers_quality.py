@@ -65,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 which = {"method": method, "seed": seed, "tuning": _tuning(options, method, bound)}
                 if not _found(document, which):
                     run = which | _run(bench, document["dense"], method, seed, bound)
-                    document = quality.update(
-                        path, lambda document, run=run: document["runs"].append(run)
-                    )
+                    document = quality.add_runs(path, run)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -106,19 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             wanted = {"setting": setting, "seed": seed, "tuning": tuning_of(options, setting)}
             if _identity(wanted) not in done:
                 run = _run(bench, setting, seed)
-                update(path, lambda document, run=run: document["runs"].append(run))
+                add_runs(path, run)
             elif options.widen:
                 at = done.index(_identity(wanted))
-                rows = _widened(bench, setting, seed)
-                update(path, lambda document, at=at, rows=rows: _add_rows(document, at, rows))
+                _add_rows(path, at, _widened(bench, setting, seed))
     for setting in options.settings if options.average else []:
         run = _mean_run(bench, setting)
         if _identity(run) not in done:
             run["routed"] = _mean_swept(bench, setting)
-            update(path, lambda document, run=run: document["runs"].append(run))
+            add_runs(path, run)
         elif options.widen:
-            at, rows = done.index(_identity(run)), _mean_swept(bench, setting)
-            update(path, lambda document, at=at, rows=rows: _add_rows(document, at, rows))
+            _add_rows(path, done.index(_identity(run)), _mean_swept(bench, setting))
 
 
 def _identity(run: dict[str, Any]) -> tuple[Any, ...]:
@@ -159,6 +157,11 @@ def update(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, An
         change(document)
         write_json(path, document)
     return dict(document)
+
+
+def add_runs(path: Path, *runs: dict[str, Any]) -> dict[str, Any]:
+    """Put runs at the end of the result file."""
+    return update(path, lambda document: document["runs"].extend(runs))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -372,10 +375,13 @@ def _mean_swept(bench: Bench, setting: str) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def _add_rows(document: dict[str, Any], at: int, rows: dict[str, list[dict[str, Any]]]) -> None:
-    for name, swept in document["runs"][at]["routed"].items():
-        known = {row["kept_fraction"] for row in swept}
-        swept.extend(row for row in rows[name] if row["kept_fraction"] not in known)
+def _add_rows(path: Path, at: int, rows: dict[str, list[dict[str, Any]]]) -> None:
+    def add(document: dict[str, Any]) -> None:
+        for name, swept in document["runs"][at]["routed"].items():
+            known = {row["kept_fraction"] for row in swept}
+            swept.extend(row for row in rows[name] if row["kept_fraction"] not in known)
+
+    update(path, add)
 
 
 def tuning_of(options: argparse.Namespace, setting: str) -> dict[str, Any]:
@@ -451,12 +457,13 @@ def set_thresholds(routed: Any, windows: Windows, budgets: list[float]) -> None:
     with torch.no_grad(), record(routed) as trace:
         for ids in windows.ids.split(8):
             decoder_of(routed)(input_ids=ids.to(device), use_cache=False)
+    units = [unit for forward in trace.forwards for unit in forward.units.values()]
     free = [
-        unit.logits_BT if unit.always_BT is None else unit.logits_BT[~unit.always_BT]
-        for forward in trace.forwards
-        for unit in forward.units.values()
+        unit.logits_BT.flatten() if unit.always_BT is None else unit.logits_BT[~unit.always_BT]
+        for unit in units
+        if unit.logits_BT is not None
     ]
-    logits = torch.cat([part.flatten() for part in free]).float().sort().values
+    logits = torch.cat(free).float().sort().values
     routing_of(routed).config.calibration = [
         {"budget": b, "threshold": float(logits[int((1 - b) * len(logits))])}
         for b in sorted(budgets)

@@ -54,9 +54,7 @@ def main() -> None:
         for variant in VARIANTS:
             if (variant, seed) not in {(run["variant"], run["seed"]) for run in document["runs"]}:
                 run = _run(options, work, variant, seed)
-                document = quality.update(
-                    path, lambda document, run=run: document["runs"].append(run)
-                )
+                document = quality.add_runs(path, run)
     if "resumed" not in document:
         found = _resumed(options, work)
         document = quality.update(path, lambda document: document.update(resumed=found))

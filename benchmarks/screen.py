@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             about = _about(changed, seed)
             if {"candidate": name, **about} not in done:
                 runs = _runs(replace(bench, options=changed), name, about)
-                quality.update(path, lambda document, runs=runs: document["runs"].extend(runs))
+                quality.add_runs(path, *runs)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

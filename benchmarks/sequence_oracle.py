@@ -20,6 +20,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, windows in report.items():
         orders = {"elsewhere": greedy_order(model, few, most)}
         orders["overall"] = greedy_order(model, windows, most)
-        document = update(path, lambda document, n=name, o=orders: _begin(document, n, o))
+        document = update(path, partial(_begin, text=name, orders=orders))
         for index in range(len(document["texts"][name]), len(windows)):
             row = _window(model, windows.take([index]), orders, options.static)
             say(f"{name} {index}", row)
-            update(path, lambda document, n=name, row=row: document["texts"][n].append(row))
+            update(path, partial(_add, text=name, row=row))
 
 
 def _describe(document: dict[str, Any], options: argparse.Namespace, model: Any) -> None:
@@ -88,6 +89,10 @@ def _describe(document: dict[str, Any], options: argparse.Namespace, model: Any)
 def _begin(document: dict[str, Any], text: str, orders: dict[str, list[str]]) -> None:
     document.setdefault("orders", {})[text] = orders
     document["texts"].setdefault(text, [])
+
+
+def _add(document: dict[str, Any], text: str, row: dict[str, Any]) -> None:
+    document["texts"][text].append(row)
 
 
 def _window(

@@ -201,10 +201,12 @@ def _wanted(options: argparse.Namespace, base: Any, ids_BT: Tensor) -> Wanted:
     """For one batch; what a static method drops is spread over the depth, as in `bench`."""
     layers = base.config.num_hidden_layers
     number = round((1 - options.rate) * layers)
+    rows, tokens = ids_BT.shape
     return Wanted(
         options.rate,
         tuple(i * layers // number for i in range(number)),
-        *ids_BT.shape,
+        rows,
+        tokens,
         options.seed,
     )
 
@@ -274,7 +276,7 @@ def _peer(
 ) -> tuple[dict[str, Subject], dict[str, Any]]:
     """A peer by name, also as it is where it skips nothing, and what is said of it."""
     repository, build = PEERS[name]
-    said = {"repository": repository, "commit": _commit(folder)}
+    said: dict[str, Any] = {"repository": repository, "commit": _commit(folder)}
     try:
         whole, subject = (build(Path(folder), base, w) for w in (wanted.whole, wanted))
     except Exception as error:

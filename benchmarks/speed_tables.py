@@ -76,9 +76,9 @@ def growth(path: Path, root: str) -> str:
         "| rows x prompt | " + " | ".join(f"budget {budget:.2f}" for budget in budgets) + " |",
         "|---|" + "---|" * len(budgets),
     ]
-    for shape in shapes:
-        row = [_grown(found[(*shape, budget)]) for budget in budgets]
-        lines.append(f"| {shape[0]} x {shape[1]} | " + " | ".join(row) + " |")
+    for rows, prompt in shapes:
+        row = [_grown(found[rows, prompt, budget]) for budget in budgets]
+        lines.append(f"| {rows} x {prompt} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

@@ -189,12 +189,17 @@ def _wake(routed: Any, windows: WindowDataset) -> None:
     """
     torch.manual_seed(0)
     for router in routers_of(routed).values():
-        torch.nn.init.normal_(input_weight(router))
+        drawn = input_weight(router)
+        assert drawn is not None
+        torch.nn.init.normal_(drawn)
     with record(routed) as trace:
         decoder_of(routed)(input_ids=windows[0]["input_ids"][None], use_cache=False)
     units = trace.forwards[-1].units
     for name, router in routers_of(routed).items():
-        scalar_bias(router).sub_(units[name].logits_BT.float().quantile(0.25))
+        bias, logits_BT = scalar_bias(router), units[name].logits_BT
+        assert bias is not None
+        assert logits_BT is not None
+        bias.sub_(logits_BT.float().quantile(0.25))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def _alone_in_parallel() -> None:
     """Its layers are made for several processes, and want to be told that there is one."""
     parallel = importlib.import_module("fairscale.nn.model_parallel.initialize")
     if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     if not parallel.model_parallel_is_initialized():
         parallel.initialize_model_parallel(1)

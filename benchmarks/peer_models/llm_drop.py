@@ -17,7 +17,7 @@ def llm_drop(folder: Path, base: Any, wanted: Wanted) -> Subject:
     """Its Llama, which is built without the attentions that are dropped."""
     package = package_in(folder / "src/llmtuner/compression/prune/models", "llm_drop_models")
     config = importlib.import_module(f"{package}.configuration_dropped_llama")
-    code = importlib.import_module(f"{package}.modeling_dropped_llama")
+    code: Any = importlib.import_module(f"{package}.modeling_dropped_llama")
     ran_with = ["its mask of all positions made for the tokens at hand, not for the model's most"]
     given = {k: v for k, v in base.config.to_dict().items() if not k.startswith("rope_")}
     given |= {"rope_theta": rope_theta(base.config), "max_position_embeddings": wanted.tokens}
