@@ -123,14 +123,12 @@ def analyse(
         of_adapter,
         of_dense,
         of_start,
-        routed_entry,
         start_rows_of,
         text_entry,
         text_of,
     )
     from router_tuning.data import load_examples, make_windows
     from router_tuning.evaluation.expert_analysis import check_mixture, experts_entry
-    from router_tuning.evaluation.routing_analysis import stability
 
     configs = configs_of(adapter)
     if calibrated:
@@ -154,23 +152,15 @@ def analyse(
         ran[START] = of_start(loaded, configs[0], rows, seed, text, asked)
     for name, folder in zip(names, adapter, strict=True):
         ran[name] = of_adapter(loaded, folder, name, text, asked)
-    decided = {name: of.decisions for name, of in ran.items()}
     used = {name: of.experts for name, of in ran.items() if of.experts is not None}
     told = dict(zip(names, configs, strict=True)) | {START: configs[0]}
-    found = {name: routed_entry(name, told[name], of, text) for name, of in decided.items()}
-    pairs = [
-        {"a": a, "b": b, **stability(decided[a], decided[b], text)}
-        for a, b in combinations(decided, 2)
-    ]
     served = {f"measured: {name}": file for name, file in files.items()}
     result: dict[str, Any] = {
         "model": loaded.name,
         "budget": budget,
         "threshold_from": "calibration" if calibrated else "measured text",
         "text": text_entry(text),
-        "start": found.pop(START, None),
-        "adapters": list(found.values()),
-        "pairs": pairs,
+        **_compared({name: of.decisions for name, of in ran.items()}, told, text),
         "experts": experts_entry(of_dense(loaded, text, asked), used) if experts else None,
         "run": run_record(
             ctx,
@@ -182,14 +172,7 @@ def analyse(
     }
     if json_file is not None:
         write_json(json_file, result)
-    if figure is not None:
-        from router_tuning.report.routing_figures import routing_figure
-
-        routing_figure(result, figure)
-    if expert_figure is not None:
-        from router_tuning.report.expert_figures import expert_figure as draw
-
-        draw(result["experts"], expert_figure)
+    _draw(result, figure, expert_figure)
     _show(result)
 
 
@@ -212,6 +195,31 @@ def adapter_names(adapters: list[str]) -> list[str]:
     if START in names:
         raise ConfigError(f"--adapter {START}: that is what the start is called; write ./{START}")
     return names
+
+
+def _compared(decided: dict[str, Any], told: dict[str, Any], text: Any) -> dict[str, Any]:
+    """What each decided, and how far two decide alike."""
+    from router_tuning.cli.routing_runs import routed_entry
+    from router_tuning.evaluation.routing_analysis import stability
+
+    found = {name: routed_entry(name, told[name], of, text) for name, of in decided.items()}
+    pairs = [
+        {"a": a, "b": b, **stability(decided[a], decided[b], text)}
+        for a, b in combinations(decided, 2)
+    ]
+    start = found.pop(START, None)
+    return {"start": start, "adapters": list(found.values()), "pairs": pairs}
+
+
+def _draw(result: dict[str, Any], figure: Path | None, expert_figure: Path | None) -> None:
+    if figure is not None:
+        from router_tuning.report.routing_figures import routing_figure
+
+        routing_figure(result, figure)
+    if expert_figure is not None:
+        from router_tuning.report.expert_figures import expert_figure as draw
+
+        draw(result["experts"], expert_figure)
 
 
 def _show(result: dict[str, Any]) -> None:
