@@ -8,8 +8,8 @@ bf16, 9 heads over 3 key heads of 64; benchmarks/results/attention-choices.json)
 - Of large blocks there are fewer to begin. Among 4,096 keys they are faster too; among 2,048 they
   are up to 7 % slower in the kernel alone.
 - With a window the keys of a long prompt go in two parts, the lasting ones causally and those of
-  skipped tokens by themselves (window.py): 6 to 9 % of a prefill of 2,048 tokens, nothing of one of
-  512.
+  skipped tokens by themselves (window.py): by two threads 7 to 11 % faster among 4,096 keys, at
+  most 5 % among 2,048, and slower among 512 (attention-choices-2-threads.json).
 - A single query of grouped heads is put to its key head as so many rows. Kernels that are told of
   the groups (enable_gqa) read a key once a head.
 
