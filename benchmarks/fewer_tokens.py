@@ -62,7 +62,6 @@ def main() -> None:
 
 def _mlps(decoder: Any) -> Run:
     """All of them, one after the other: their weights are as cold as in a model that runs."""
-
     layers: list[Any] = decoder_layers(decoder)
 
     def run(x_1TD: torch.Tensor) -> None:

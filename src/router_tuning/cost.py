@@ -159,9 +159,8 @@ def _key_cost(
         columns = _Columns.of(stretch, name, config)
         seen_BC = columns.seen(columns.permanent_BC, config.kv_window if name else 0, sliding)
         dense_seen_BC = columns.seen(columns.real_BC, 0, sliding)
-        whole_BC = columns.whole_BC  # counted as the dense call's pairs
-        pairs += columns.pairs(columns.ran_BC & ~whole_BC, seen_BC)
-        pairs += columns.pairs(whole_BC, dense_seen_BC)
+        pairs += columns.pairs(columns.ran_BC & ~columns.whole_BC, seen_BC)
+        pairs += columns.pairs(columns.whole_BC, dense_seen_BC)
         dense_pairs += columns.pairs(columns.real_BC, dense_seen_BC)
         if price.expand:
             expanded += _expanded(stretch, columns.ran_BC, columns.write_BC, seen_BC)

@@ -7,7 +7,7 @@ made for all tokens either way, so nothing else changes.
 
 With kv="kept" and a window, keys of skipped tokens are made apart too, and blocks need masks. In
 short prompts one call on all tokens, under a mask over all pairs, is faster. Without a window
-skipped keys are not made, kept tokens are plainly causal, and that call would gain nothing.
+skipped keys are not made, kept tokens are plainly causal, and that call gains next to nothing.
 
 The only place where that is chosen. Measured with SmolLM2-135M in bf16 by two threads, under random
 masks, whose times vary by some per cent (decision 0014):
